@@ -10,7 +10,7 @@ import pytest
 
 
 def data_dir():
-    """Folder with `mnist.npz` and `weights/`: $SKFACTOR_DATA, or `../shared/data` beside the checkout; else None."""
+    """Folder of real data: $SKFACTOR_DATA, or `../shared/data` beside the checkout; else None."""
     candidates = [os.environ.get("SKFACTOR_DATA"), Path(__file__).resolve().parents[2] / "shared" / "data"]
     for folder in filter(None, candidates):
         if (Path(folder) / "weights").is_dir():
@@ -36,5 +36,6 @@ def real_layers(name):
     layers = {k: w.reshape(len(w), -1) for k, w in real_weights(name).items() if w.ndim >= 2}
     for w in layers.values():
         w.flags.writeable = False
-    assert layers and all(np.isfinite(w).all() for w in layers.values())
+    assert layers
+    assert all(np.isfinite(w).all() for w in layers.values())
     return layers
