@@ -1,4 +1,40 @@
-"""skfactor: scikit-learn for network compression."""
+"""skfactor: scikit-learn for network compression.
+
+Public names are imported when first used: `import skfactor` costs next to nothing, and torch is imported only by what
+touches a network.
+"""
 # SPDX-License-Identifier: BSD-3-Clause
 
+import importlib
+
 __version__ = "0.1.0.dev0"
+
+# public name -> module that defines it
+_MODULE_OF = {
+    "BaseCompressor": "skfactor.estimators",
+    "CompressionResult": "skfactor.bridge",
+    "FormatError": "skfactor.exceptions",
+    "KMeansWeightSharer": "skfactor.estimators",
+    "LayerError": "skfactor.exceptions",
+    "Report": "skfactor.report",
+    "SkfactorError": "skfactor.exceptions",
+    "compare": "skfactor.report",
+    "compress": "skfactor.bridge",
+    "compress_file": "skfactor.bridge",
+    "decompress_file": "skfactor.bridge",
+    "load": "skfactor.bridge",
+    "load_into": "skfactor.bridge",
+    "register_layer": "skfactor.bridge",
+}
+
+__all__ = ["__version__", *_MODULE_OF]
+
+
+def __getattr__(name):
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
+    raise AttributeError(f"module 'skfactor' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

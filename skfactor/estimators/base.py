@@ -1,0 +1,148 @@
+"""`BaseCompressor`, and how a fitted estimator or Pipeline becomes a `CompressedTensor`."""
+# SPDX-License-Identifier: BSD-3-Clause
+
+from inspect import signature
+
+import numpy as np
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.pipeline import Pipeline
+from sklearn.utils.validation import check_is_fitted
+
+from skfactor._validation import check_matrix
+from skfactor.codec.tensor import CompressedTensor, Layout
+
+__all__ = ["BaseCompressor", "compressed_tensor", "decoder_chain", "fit_params", "steps_of"]
+
+
+class BaseCompressor(TransformerMixin, BaseEstimator):
+    """Base of all estimators: `fit`, `transform` to codes, `inverse_transform` by the frozen decoder.
+
+    A subclass sets in `fit` the attribute `decoder_`, a `skfactor.codec.decoders.Decoder` that turns the codes
+    of `transform` back into `X` and needs nothing else of the estimator.
+    """
+
+    def inverse_transform(self, codes):
+        """Reconstruct the matrix from its codes: `decoder_.decode(codes)`.
+
+        Parameters
+        ----------
+        codes : array-like of shape (n_rows, n_codes)
+            What `transform` returned.
+
+        Returns
+        -------
+        X_hat : ndarray of shape (n_rows, n_features_in_)
+        """
+        check_is_fitted(self)
+        return self.decoder_.decode(np.asarray(codes))
+
+    def score(self, X, y=None, sample_weight=None):
+        r"""Minus the relative squared error, :math:`-\sum w\|x-\hat x\|^2 / \sum w\|x\|^2`; 0 is perfect.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_rows, n_features_in_)
+        y : None
+            Ignored.
+        sample_weight : array-like of shape (n_rows,), default=None
+
+        Returns
+        -------
+        score : float
+        """
+        X_hat = self.inverse_transform(self.transform(X))
+        X = check_matrix(self, X, reset=False)
+        w = 1.0 if sample_weight is None else np.asarray(sample_weight, dtype=float)[:, None]
+        error = float((w * np.square(X - X_hat, dtype=np.float64)).sum())
+        total = float((w * np.square(X, dtype=np.float64)).sum())
+        return -error / total if total > 0 else -error
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = []  # codes are integers
+        return tags
+
+
+def steps_of(estimator):
+    """(name, step) of a Pipeline without its pass-throughs; a lone estimator is one step with the name ''."""
+    if isinstance(estimator, Pipeline):
+        return [(name, step) for name, step in estimator.steps if step is not None and step != "passthrough"]
+    return [("", estimator)]
+
+
+def decoder_chain(fitted):
+    """Decoders of a fitted estimator or Pipeline, in the order of its steps."""
+    chain = []
+    for name, step in steps_of(fitted):
+        if not hasattr(step, "inverse_transform"):
+            raise TypeError(f"step {name or type(step).__name__!r} cannot be stored: {type(step).__name__} is not "
+                            "a skfactor compressor (it has no decoder_)")
+        check_is_fitted(step)
+        if not hasattr(step, "decoder_"):
+            raise TypeError(f"step {name or type(step).__name__!r} cannot be stored: {type(step).__name__} is not "
+                            "a skfactor compressor (it has no decoder_)")
+        chain.append(step.decoder_)
+    if not chain:
+        raise ValueError("a Pipeline to be stored needs at least one step, got only pass-throughs")
+    return tuple(chain)
+
+
+def compressed_tensor(fitted, X, *, codes=None, shape=None, dtype="float32", layout=None):
+    """What is stored of `X`: the decoders of `fitted` and the codes of `X`.
+
+    Parameters
+    ----------
+    fitted : BaseCompressor or Pipeline of them
+    X : array-like of shape (n_rows, n_columns)
+    codes : array-like, default=None
+        Codes of `X` as `fit_transform` returned them; `fitted.transform(X)` when None. They differ where the fit
+        weighed the elements of `X` (`importance` with an entropy constraint).
+    shape : tuple of int, default=None
+        Shape of the tensor that `X` is the matrix of; the shape of `X` when None.
+    dtype : str, default="float32"
+        Dtype of the tensor.
+    layout : Layout, default=None
+        How the tensor became `X`; rows first when None.
+
+    Returns
+    -------
+    tensor : CompressedTensor
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skfactor import KMeansWeightSharer
+    >>> X = np.float32([[0.1, 0.9], [0.8, 0.2]])
+    >>> compressed_tensor(KMeansWeightSharer(n_clusters=2).fit(X), X).to_array()
+    array([[0.15, 0.85],
+           [0.85, 0.15]], dtype=float32)
+    """
+    codes = np.ascontiguousarray(fitted.transform(X) if codes is None else codes)
+    shape = tuple(np.shape(X)) if shape is None else tuple(int(s) for s in shape)
+    coder = getattr(steps_of(fitted)[-1][1], "coder", "auto")
+    return CompressedTensor(decoder_chain(fitted), codes, shape, dtype, layout or Layout.rows_first(shape), coder)
+
+
+def fit_params(estimator, **params):
+    """Those of `params` that are not None and that `fit` accepts, under the names a Pipeline's `fit` wants.
+
+    Every step of a Pipeline that accepts a parameter gets it, except that `importance` and `input_gram` describe
+    `X` itself and so reach the steps only as long as the codes before them are still values of `X`.
+
+    >>> from skfactor import KMeansWeightSharer
+    >>> sorted(fit_params(KMeansWeightSharer(), sample_weight=[1.0], input_gram=None))
+    ['sample_weight']
+    """
+    found = {}
+    for name, step in steps_of(estimator):
+        accepted = signature(step.fit).parameters
+        for key, value in params.items():
+            if value is not None and key in accepted:
+                found[f"{name}__{key}" if name else key] = value
+        params = {k: v for k, v in params.items() if k == "sample_weight" or _keeps_values(step)}
+    return found
+
+
+def _keeps_values(step):
+    """Whether the codes of a step are values in the place of those of `X`, as a pruner's are."""
+    return bool(getattr(step, "codes_are_values", False))

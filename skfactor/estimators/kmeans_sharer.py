@@ -1,0 +1,329 @@
+"""`KMeansWeightSharer`: weight sharing by optimal k-means."""
+# SPDX-License-Identifier: BSD-3-Clause
+
+import warnings
+from numbers import Integral, Real
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
+
+from skfactor._sklearn import Interval, StrOptions, check_feature_names_in, fit_context
+from skfactor._validation import check_element_weights, check_matrix
+from skfactor.codec.coders import CODERS
+from skfactor.codec.decoders import CodebookDecoder
+from skfactor.codec.tensor import CompressedTensor
+from skfactor.estimators._codebooks import Plan, assign_codes, solve_books, split_books, squared_error
+from skfactor.estimators.base import BaseCompressor
+from skfactor.solvers.kmeans1d import elbow_1d
+
+__all__ = ["KMeansWeightSharer"]
+
+_DEEP_COMPRESSION_INITS = ("linear", "density", "random")
+
+
+class KMeansWeightSharer(BaseCompressor):
+    r"""Weight sharing: every weight is replaced by one of `n_clusters` shared values.
+
+    Minimises the squared error of the reconstruction,
+
+    .. math:: \sum_{ij} w_{ij}\,(x_{ij} - c_{a(ij)})^2 + \lambda \sum_{ij} \mathrm{bits}(a(ij)),
+
+    over the centroids :math:`c` and the codes :math:`a`; the weights :math:`w` come from `sample_weight` and
+    `importance`, and :math:`\lambda` is 0 unless `entropy_weight` is set. For scalars (`vector_size=1`) the default
+    finds the globally optimal centroids, deterministically and at any scale of the data [1]_; Deep Compression's
+    three starts followed by Lloyd's iterations [2]_ are there for comparison.
+
+    Parameters
+    ----------
+    n_clusters : int, default=16
+        Centroids of each codebook (K). Where there are fewer distinct values, fewer are used, with a
+        `ConvergenceWarning`.
+    granularity : {"tensor", "row", "column", "group"}, default="tensor"
+        One codebook for everything, one per row, one per column, or one per block of `group_size` rows.
+    group_size : int, default=None
+        Rows that share a codebook; needed by and only allowed with `granularity="group"`.
+    vector_size : int, default=1
+        Cluster sub-vectors of this many neighbouring columns instead of scalars (product quantisation);
+        `vector_size=n_features` is k-means on whole rows. Must divide the number of columns.
+    preserve_zeros : bool, default=False
+        Keep weights that are exactly zero exactly zero: one of the `n_clusters` centroids is 0. Scalars only.
+    entropy_weight : float, default=0.0
+        Entropy-constrained sharing [3]_: price of one bit of the (ideal) entropy code of a weight, in units of
+        the mean weighted square of `X`. Clusters that do not earn their bits disappear.
+    init : {"auto", "optimal", "linear", "density", "random", "k-means++"}, default="auto"
+        "auto" is "optimal" for scalars and "k-means++" for sub-vectors. "linear", "density" and "random" start
+        Lloyd's iterations as in Deep Compression.
+    max_iter : int, default=300
+        Most iterations of Lloyd's algorithm, of the entropy-constrained one, and of the vector one. With
+        `max_iter=0` the Deep Compression starts are used as they are.
+    tol : float, default=1e-4
+        Relative decrease of the objective below which these iterations stop.
+    n_init : int, default=1
+        Number of random starts, of which the best is kept ("k-means++" and "random").
+    certify : bool, default=False
+        Prove the optimality of the scalar codebook: closes the duality gap, so that `inertia_` equals
+        `lower_bound_` to rounding. Takes longer; fast with numba installed.
+    coder : str, default="auto"
+        Entropy coder of the codes in a file; "auto" takes the smallest, "huffman" is Deep Compression's third stage.
+    random_state : int, RandomState instance or None, default=None
+        For "k-means++" and "random"; the optimal solution needs none.
+
+    Attributes
+    ----------
+    cluster_centers_ : ndarray of shape (n_clusters, vector_size) or (n_codebooks, n_clusters, vector_size)
+        Centroids; those of scalars ascend.
+    labels_ : ndarray of shape (n_rows, n_columns // vector_size)
+        Codes of the training data.
+    inertia_ : float
+        Weighted squared error of the training data.
+    lower_bound_ : float
+        Certificate: no codebook of this size has a smaller `inertia_`. 0 where nothing better is known.
+    code_lengths_ : ndarray of shape (n_codebooks, n_clusters) or None
+        Bits of each code that the entropy constraint assumed.
+    decoder_ : CodebookDecoder
+    kappa_ : float
+        The course's compression factor :math:`1 - K/N`, K centroids for N shared values.
+    rate_ : int
+        Bytes of codes and codebooks when stored, everything counted.
+    bits_per_weight_ : float
+        `rate_` in bits per element of `X`.
+    n_iter_ : int
+    n_features_in_ : int
+
+    References
+    ----------
+    .. [1] X. Wu, "Optimal quantization by matrix searching", J. Algorithms 12 (1991),
+       :doi:`10.1016/0196-6774(91)90039-2`
+    .. [2] S. Han, H. Mao, W. Dally, "Deep Compression", ICLR 2016, :arxiv:`1510.00149`
+    .. [3] P. Chou, T. Lookabaugh, R. Gray, "Entropy-constrained vector quantization", IEEE Trans. ASSP 37 (1989),
+       :doi:`10.1109/29.17498`
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skfactor import KMeansWeightSharer
+    >>> W = np.array([[-1.0, -0.9, 0.0], [0.1, 2.0, 2.2]])
+    >>> sharer = KMeansWeightSharer(n_clusters=3).fit(W)
+    >>> sharer.transform(W)
+    array([[0, 0, 1],
+           [1, 2, 2]], dtype=uint8)
+    >>> sharer.inverse_transform(sharer.labels_)
+    array([[-0.95, -0.95,  0.05],
+           [ 0.05,  2.1 ,  2.1 ]])
+    """
+
+    _parameter_constraints: dict = {
+        "n_clusters": [Interval(Integral, 1, None, closed="left")],
+        "granularity": [StrOptions({"tensor", "row", "column", "group"})],
+        "group_size": [Interval(Integral, 1, None, closed="left"), None],
+        "vector_size": [Interval(Integral, 1, None, closed="left")],
+        "preserve_zeros": ["boolean"],
+        "entropy_weight": [Interval(Real, 0, None, closed="left")],
+        "init": [StrOptions({"auto", "optimal", "k-means++", *_DEEP_COMPRESSION_INITS})],
+        "max_iter": [Interval(Integral, 0, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "n_init": [Interval(Integral, 1, None, closed="left")],
+        "certify": ["boolean"],
+        "coder": [StrOptions({"auto", *CODERS})],
+        "random_state": ["random_state"],
+    }
+
+    def __init__(self, n_clusters=16, *, granularity="tensor", group_size=None, vector_size=1, preserve_zeros=False,
+                 entropy_weight=0.0, init="auto", max_iter=300, tol=1e-4, n_init=1, certify=False, coder="auto",
+                 random_state=None):
+        self.n_clusters = n_clusters
+        self.granularity = granularity
+        self.group_size = group_size
+        self.vector_size = vector_size
+        self.preserve_zeros = preserve_zeros
+        self.entropy_weight = entropy_weight
+        self.init = init
+        self.max_iter = max_iter
+        self.tol = tol
+        self.n_init = n_init
+        self.certify = certify
+        self.coder = coder
+        self.random_state = random_state
+
+    @fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y=None, sample_weight=None, importance=None):
+        """Find the codebooks.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_rows, n_columns)
+            Weights of a layer, rows are filters or units; or data, rows are samples.
+        y : None
+            Ignored.
+        sample_weight : array-like of shape (n_rows,), default=None
+            Weight of each row's squared error.
+        importance : array-like of shape (n_rows, n_columns), default=None
+            Weight of each element's squared error, a Fisher diagonal for example. With `vector_size > 1` a
+            sub-vector counts with the mean of its elements' weights.
+
+        Returns
+        -------
+        self : KMeansWeightSharer
+        """
+        X = check_matrix(self, X, reset=True)
+        weights = check_element_weights(X, sample_weight, importance)
+        plan = self._resolve(X, weights)
+
+        solution = solve_books(X, weights, plan)
+
+        decoder = CodebookDecoder(solution.codebooks, self.granularity, self.group_size, X.dtype.name)
+        labels = assign_codes(X, solution.codebooks, plan, code_lengths=solution.code_lengths, weights=weights)
+        self._plan = plan._replace(rng=None)
+        self.decoder_ = decoder
+        self.labels_ = labels
+        self.cluster_centers_ = solution.codebooks[0] if len(solution.codebooks) == 1 else solution.codebooks
+        self.code_lengths_ = solution.code_lengths
+        self.inertia_ = squared_error(X, decoder.decode(labels), weights)
+        self.lower_bound_ = min(solution.lower_bound, self.inertia_)
+        self.n_iter_ = max(1, solution.n_iter)
+        self._warn_of_fewer()
+        return self
+
+    def fit_transform(self, X, y=None, sample_weight=None, importance=None):
+        """Fit and return the codes of `X`; see `fit`."""
+        return self.fit(X, y, sample_weight=sample_weight, importance=importance).labels_
+
+    def transform(self, X):
+        """Codes of `X`: for every weight the number of its centroid.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_rows, n_features_in_)
+            With one codebook per row or group of rows, `n_rows` must be the one of `fit`.
+
+        Returns
+        -------
+        codes : ndarray of shape (n_rows, n_features_in_ // vector_size), dtype uint8, uint16 or int32
+        """
+        check_is_fitted(self)
+        X = check_matrix(self, X, reset=False)
+        if self.granularity in ("row", "group") and len(X) != len(self.labels_):
+            raise ValueError(f"with granularity={self.granularity!r} X must have the {len(self.labels_)} rows of fit, "
+                             f"got {len(X)}")
+        return self._assign(X, None)
+
+    def elbow_curve(self, X, k_max=64, *, sample_weight=None, importance=None):
+        """Inertia of the optimal codebook of every size up to `k_max`, in one pass.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_rows, n_columns)
+        k_max : int, default=64
+        sample_weight, importance : array-like, default=None
+            As in `fit`.
+
+        Returns
+        -------
+        inertia : ndarray of shape (k_max,)
+            `inertia[k - 1]` belongs to k clusters; with several codebooks, the sum over them.
+        """
+        if not isinstance(k_max, Integral) or k_max < 1:
+            raise ValueError(f"k_max must be an integer of at least 1, got {k_max!r}")
+        probe = type(self)(**self.get_params())  # validates X and leaves this estimator as it is
+        X = check_matrix(probe, X, reset=True)
+        weights = check_element_weights(X, sample_weight, importance)
+        plan = probe._resolve(X, weights)
+        if plan.vector_size > 1:
+            raise ValueError(f"elbow_curve needs vector_size=1, got {plan.vector_size}")
+        books = split_books(X, plan)
+        book_weights = [None] * len(books)
+        if weights is not None:
+            book_weights = split_books(np.broadcast_to(weights, X.shape), plan)
+        return sum(elbow_1d(book[:, 0], k_max, weights=None if w is None else w[:, 0])
+                   for book, w in zip(books, book_weights))
+
+    def course_error(self, X):
+        r"""The course's error :math:`\sum\|x - \Omega_q(x)\|_2`, norms of scalars or sub-vectors, not squared.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_rows, n_features_in_)
+
+        Returns
+        -------
+        error : float
+        """
+        X_hat = self.inverse_transform(self.transform(X))
+        X = check_matrix(self, X, reset=False)
+        difference = (X - X_hat).astype(np.float64).reshape(-1, self.vector_size)
+        return float(np.linalg.norm(difference, axis=1).sum())
+
+    @property
+    def kappa_(self):
+        check_is_fitted(self)
+        return 1.0 - len(self.decoder_.codebooks) * self.decoder_.codebooks.shape[1] / self.labels_.size
+
+    @property
+    def rate_(self):
+        check_is_fitted(self)
+        shape = (len(self.labels_), self.n_features_in_)
+        return CompressedTensor((self.decoder_,), self.labels_, shape, self.decoder_.dtype, coder=self.coder).nbytes
+
+    @property
+    def bits_per_weight_(self):
+        return 8.0 * self.rate_ / (len(self.labels_) * self.n_features_in_)
+
+    def get_feature_names_out(self, input_features=None):
+        """Names of the codes: those of the columns, or of their blocks of `vector_size`.
+
+        Parameters
+        ----------
+        input_features : array-like of str, default=None
+
+        Returns
+        -------
+        names : ndarray of str
+        """
+        check_is_fitted(self)
+        names = check_feature_names_in(self, input_features)
+        if self.vector_size == 1:
+            return names
+        prefix = type(self).__name__.lower()
+        return np.asarray([f"{prefix}{i}" for i in range(self.labels_.shape[1])], dtype=object)
+
+    def _resolve(self, X, weights):
+        """Turn the parameters into locals of the fit; raise on combinations that mean nothing."""
+        vector = self.vector_size > 1
+        init = self.init if self.init != "auto" else ("k-means++" if vector else "optimal")
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError("group_size must be given with granularity='group' and only then, got "
+                             f"granularity={self.granularity!r}, group_size={self.group_size}")
+        if X.shape[1] % self.vector_size:
+            raise ValueError(f"vector_size must divide the {X.shape[1]} columns of X, got {self.vector_size}")
+        if vector:
+            for name, neutral in (("preserve_zeros", False), ("entropy_weight", 0.0), ("certify", False)):
+                if getattr(self, name) != neutral:
+                    raise ValueError(f"{name} needs vector_size=1, got vector_size={self.vector_size}")
+        if vector != (init == "k-means++"):
+            allowed = "'auto' or 'k-means++'" if vector else "'auto', 'optimal', 'linear', 'density' or 'random'"
+            raise ValueError(f"init must be {allowed} with vector_size={self.vector_size}, got {self.init!r}")
+        if self.entropy_weight > 0 and init != "optimal":
+            raise ValueError(f"entropy_weight needs init='auto' or 'optimal', got {self.init!r}")
+        if self.certify and init != "optimal":
+            raise ValueError(f"certify needs init='auto' or 'optimal', got {self.init!r}")
+        return Plan(self.n_clusters, self.granularity, self.group_size or 1, self.vector_size, self.preserve_zeros,
+                    self.entropy_weight * _mean_square(X, weights), init, self.max_iter, self.tol, self.n_init,
+                    self.certify, check_random_state(self.random_state))
+
+    def _assign(self, X, weights):
+        return assign_codes(X, self.decoder_.codebooks, self._plan, code_lengths=self.code_lengths_, weights=weights)
+
+    def _warn_of_fewer(self):
+        found = self.decoder_.codebooks.shape[1]
+        if found < self.n_clusters and self.code_lengths_ is None:
+            kind = "values" if self.vector_size == 1 else "sub-vectors"
+            warnings.warn(f"X has fewer distinct {kind} than n_clusters={self.n_clusters}: {found} clusters are used",
+                          ConvergenceWarning, stacklevel=3)
+
+
+def _mean_square(X, weights):
+    if weights is None:
+        return float(np.square(X, dtype=np.float64).mean())
+    return float((np.square(X, dtype=np.float64) * weights).mean())

@@ -1,0 +1,51 @@
+"""The public names are a promise: adding one means adding it here."""
+# SPDX-License-Identifier: BSD-3-Clause
+
+import inspect
+
+import pytest
+
+import skfactor
+
+PUBLIC = {
+    "BaseCompressor",
+    "CompressionResult",
+    "FormatError",
+    "KMeansWeightSharer",
+    "LayerError",
+    "Report",
+    "SkfactorError",
+    "__version__",
+    "compare",
+    "compress",
+    "compress_file",
+    "decompress_file",
+    "load",
+    "load_into",
+    "register_layer",
+}
+
+
+def test_names():
+    assert set(skfactor.__all__) == PUBLIC
+    assert set(dir(skfactor)) == PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC - {"__version__"}))
+def test_every_name_resolves_and_is_documented(name):
+    thing = getattr(skfactor, name)
+    assert inspect.getdoc(thing)
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="no attribute 'KMeanSharer'"):
+        skfactor.KMeanSharer  # noqa: B018
+
+
+def test_version_is_the_package_metadata():
+    metadata = pytest.importorskip("importlib.metadata")
+    try:
+        installed = metadata.version("skfactor")
+    except metadata.PackageNotFoundError:
+        pytest.skip("skfactor runs from its folder, not installed")
+    assert installed == skfactor.__version__
