@@ -1,0 +1,46 @@
+"""The one list of estimators that scikit-learn's checks and the project's common checks run over."""
+# SPDX-License-Identifier: BSD-3-Clause
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from skfactor import KMeansWeightSharer
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configured estimator.
+
+    budget : name and rising values of the parameter that buys accuracy with bytes
+    full : parameters under which the reconstruction is exact
+    sklearn : whether scikit-learn's suite applies (not where X must have the rows of fit, or a divisible width)
+    optimal : whether the solver is globally optimal, so that more budget can never mean more error
+    """
+
+    estimator: Any
+    budget: tuple[str, tuple] = ("n_clusters", (2, 4, 8, 16))
+    full: dict = field(default_factory=lambda: {"n_clusters": 10_000})
+    sklearn: bool = True
+    optimal: bool = True
+
+    @property
+    def id(self):
+        return repr(self.estimator)
+
+
+CASES = [
+    Case(KMeansWeightSharer()),
+    Case(KMeansWeightSharer(n_clusters=5, certify=True)),
+    Case(KMeansWeightSharer(n_clusters=4, granularity="column")),
+    Case(KMeansWeightSharer(n_clusters=4, granularity="row"), sklearn=False),
+    Case(KMeansWeightSharer(n_clusters=4, granularity="group", group_size=3), sklearn=False),
+    Case(KMeansWeightSharer(preserve_zeros=True), optimal=False),
+    Case(KMeansWeightSharer(entropy_weight=0.01), full={"n_clusters": 10_000, "entropy_weight": 0.0}, optimal=False),
+    Case(KMeansWeightSharer(init="linear"), optimal=False),
+    Case(KMeansWeightSharer(init="density"), optimal=False),
+    Case(KMeansWeightSharer(init="random", random_state=0), optimal=False),
+    Case(KMeansWeightSharer(n_clusters=6, vector_size=2, random_state=0), sklearn=False, optimal=False),
+    Case(KMeansWeightSharer(n_clusters=6, vector_size=8, random_state=0), sklearn=False, optimal=False),
+    Case(KMeansWeightSharer(n_clusters=3, vector_size=2, granularity="row", random_state=0),
+         sklearn=False, optimal=False),
+]
