@@ -1,0 +1,236 @@
+"""Proof of optimality for one-dimensional k-means, in O(n) memory.
+
+The cost of an interval is concave-Monge, hence the optimal inertia is convex in the number of cells and its
+Lagrangian dual is tight: ``max_p (min over partitions of inertia + p * cells) - p * K`` equals the optimum for K
+cells. For one price ``p`` the inner minimum is a cheapest chain over the samples, found exactly by a sequence
+of totally monotone row minima.
+
+References
+----------
+.. [1] Aggarwal, Schieber & Tokuyama, "Finding a minimum-weight k-link path in graphs with the concave Monge
+   property", Discrete Comput. Geom. 12, 1994, :doi:`10.1007/BF02574380`
+"""
+
+# SPDX-License-Identifier: BSD-3-Clause
+from typing import NamedTuple
+
+import numpy as np
+
+from skfactor.solvers._optimal1d import distinct, optimal_borders, settle
+
+_DENSE = 1 << 14  # entries up to which a block of row minima is evaluated in full
+_ROWS = 2048  # rows of a block solved level by level; more are halved first
+_CLOSED = 1e-12  # relative gap that counts as closed
+
+
+class _Chain(NamedTuple):
+    borders: np.ndarray
+    cost: float  # without the price of the cells
+    price: float
+
+    @property
+    def cells(self):
+        return self.borders.size - 1
+
+    def bound(self, n_cells):
+        """Dual bound on the inertia of every partition into ``n_cells`` cells."""
+        return self.cost + self.price * (self.cells - n_cells)
+
+
+def certify_borders(data, borders):
+    """A proven optimal partition into as many cells, started from a good one.
+
+    Returns ``(data, borders, lower_bound, n_passes)``; ``data`` has equal values merged.
+    """
+    n_cells = borders.size - 1
+    if n_cells == data.size:
+        return data, borders, 0.0, 0
+    starts = data.x[borders[:-1]]
+    data = distinct(data)
+    borders = np.append(np.unique(np.searchsorted(data.x, starts)), data.size)
+    if borders.size - 1 != n_cells:
+        data, borders, _ = optimal_borders(data, n_cells)
+    _, inertia, borders = settle(data, borders)
+    if n_cells in (1, data.size):
+        return data, borders, inertia, 0
+    best, bound, price = borders, 0.0, _first_price(data, n_cells)
+    fewer = more = None  # chains with fewer and with more cells than asked
+    expected = np.inf  # dual value at this price if no third chain is cheaper
+    n_pass = 0
+    while n_pass < 200:
+        n_pass += 1
+        chain = _cheapest_chain(data, price)
+        bound = max(bound, chain.bound(n_cells))
+        if chain.cells == n_cells:
+            best, inertia = _better(data, best, inertia, chain.borders)
+            break
+        if inertia - bound <= _CLOSED * inertia:
+            break
+        if chain.bound(n_cells) >= expected - _CLOSED * abs(expected):
+            best, inertia = _better(data, best, inertia, _splice(fewer.borders, more.borders, n_cells))
+            break
+        if chain.cells < n_cells:
+            fewer = chain
+        else:
+            more = chain
+        if more is None:
+            price *= max((chain.cells / n_cells) ** 3, 0.1)
+        elif fewer is None:
+            price *= min((chain.cells / n_cells) ** 3, 10.0)
+        else:
+            price = (fewer.cost - more.cost) / (more.cells - fewer.cells)
+            expected = fewer.cost + price * (fewer.cells - n_cells)
+    return data, best, min(bound, inertia), n_pass
+
+
+def _better(data, borders, inertia, other):
+    _, other_inertia, other = settle(data, other)
+    return (other, other_inertia) if other_inertia < inertia else (borders, inertia)
+
+
+def _first_price(data, n_cells):
+    """Half of what two cells more save: inside the interval of prices that give ``n_cells`` cells."""
+    around = []
+    for k in (n_cells - 1, n_cells + 1):
+        part, borders, _ = optimal_borders(data, k)
+        around.append(settle(part, borders)[1])
+    price = (around[0] - around[1]) / 2
+    return price if price > 0 else np.finfo(np.float64).tiny
+
+
+def _splice(fewer, more, n_cells):
+    """Chain with exactly ``n_cells`` cells out of two equally cheap ones [1]_.
+
+    Where a cell of the longer chain lies inside a cell of the shorter one, crossing over costs nothing.
+    """
+    d = n_cells - (fewer.size - 1)
+    i = np.arange(fewer.size - 1)
+    i = i[i + d + 1 < more.size]
+    inside = (fewer[i] <= more[i + d]) & (more[i + d + 1] <= fewer[i + 1])
+    at = i[inside][0]
+    return np.concatenate((more[: at + d + 1], fewer[at + 1 :]))
+
+
+def _cheapest_chain(data, price):
+    """Partition of the samples that minimises inertia plus ``price`` per cell.
+
+    ``cost[j]`` is the minimum over the first j samples. Extending the last cell of ``cost[j0]`` by samples that add
+    no more than ``price`` is never worse than a new cell that starts among them, so all of these ``j`` look back
+    to ``i <= j0`` only, and no further than the start of that last cell: one block of row minima.
+    """
+    n = data.size
+    cost = np.empty(n + 1)
+    cost[0] = 0.0
+    origin = np.zeros(n + 1, dtype=np.int64)
+    done, length = 0, 64
+    while done < n:
+        start = int(origin[done])
+        while True:
+            stop = min(n, done + length)
+            q, s, t = _local_sums(data, start, stop)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                grown = q[done - start :] - s[done - start :] ** 2 / t[done - start :]
+            if start == done:
+                grown[0] = 0.0
+            count = int(np.searchsorted(grown - grown[0], price, side="right")) - 1
+            if done + count < stop or stop == n:
+                break
+            length *= 2
+        count = max(1, min(count, stop - done))
+        length = max(64, count + count // 2)
+        m = done - start
+        base = cost[start : done + 1] - q[: m + 1]
+        column, value = _row_minima(base, s, t, m, count)
+        rows = slice(done + 1, done + count + 1)
+        cost[rows] = value + q[m + 1 : m + count + 1] + price
+        origin[rows] = start + column
+        done += count
+    borders = [n]
+    while borders[-1] > 0:
+        borders.append(int(origin[borders[-1]]))
+    borders = np.array(borders[::-1])
+    return _Chain(borders, cost[n] - price * (borders.size - 1), price)
+
+
+def _local_sums(data, start, stop):
+    """Prefix sums of ``w y^2``, ``w y`` and ``w`` over samples start..stop, ``y`` about a value among them."""
+    y = data.x[start:stop].astype(np.float64)
+    y -= y[y.size // 2]
+    q, s, t = (np.zeros(y.size + 1) for _ in range(3))
+    if data.w is None:
+        np.cumsum(y, out=s[1:])
+        np.cumsum(y * y, out=q[1:])
+        t = np.arange(y.size + 1.0)
+    else:
+        w = data.w[start:stop]
+        wy = w * y
+        np.cumsum(wy, out=s[1:])
+        np.cumsum(wy * y, out=q[1:])
+        np.cumsum(w, out=t[1:])
+    return q, s, t
+
+
+def _row_minima(base, s, t, m, count):
+    """``min_i base_i - (s_j - s_i)^2 / (t_j - t_i)`` over i = 0..m for j = m + 1..m + count, and the first argmin.
+
+    The matrix is totally monotone: the argmin never falls as j grows.
+    """
+    column = np.empty(count, dtype=np.intp)
+    value = np.empty(count)
+    todo = [(0, count, 0, m)]
+    while todo:
+        j0, j1, i0, i1 = todo.pop()
+        if j0 >= j1:
+            continue
+        if (j1 - j0) * (i1 - i0 + 1) <= _DENSE:
+            table = s[m + 1 + j0 : m + 1 + j1, None] - s[i0 : i1 + 1]
+            table *= table
+            table /= t[m + 1 + j0 : m + 1 + j1, None] - t[i0 : i1 + 1]
+            np.subtract(base[i0 : i1 + 1], table, out=table)
+            best = np.argmin(table, axis=1)
+            column[j0:j1] = i0 + best
+            value[j0:j1] = table[np.arange(j1 - j0), best]
+        elif j1 - j0 <= _ROWS:
+            _levels(base, s, t, m, (j0, j1, i0, i1), column, value)
+        else:
+            j = (j0 + j1) // 2
+            row = s[m + 1 + j] - s[i0 : i1 + 1]
+            row *= row
+            row /= t[m + 1 + j] - t[i0 : i1 + 1]
+            np.subtract(base[i0 : i1 + 1], row, out=row)
+            best = int(np.argmin(row))
+            column[j], value[j] = i0 + best, row[best]
+            todo += [(j0, j, i0, i0 + best), (j + 1, j1, i0 + best, i1)]
+    return column, value
+
+
+def _levels(base, s, t, m, part, column, value):
+    """Row minima of rows j0..j1 within columns i0..i1, the middle rows of every level at once."""
+    j0, j1, i0, i1 = part
+    size = j1 - j0
+    step = 1 << size.bit_length()
+    known = np.array([-1, size])
+    at = np.array([i0, i1])
+    while step > 1:
+        step //= 2
+        rows = np.arange(step - 1, size, 2 * step)
+        place = np.searchsorted(known, rows)
+        low, high = at[place - 1], at[place]
+        width = high - low + 1
+        ends = np.cumsum(width)
+        begin = ends - width
+        i = np.arange(ends[-1]) - np.repeat(begin - low, width)
+        j = m + 1 + j0 + rows
+        v = np.repeat(s[j], width)
+        v -= s[i]
+        v *= v
+        d = np.repeat(t[j], width)
+        d -= t[i]
+        v /= d
+        np.subtract(base[i], v, out=v)
+        best = np.minimum.reduceat(v, begin)
+        hits = np.flatnonzero(v == np.repeat(best, width))
+        hits = hits[np.searchsorted(hits, begin)]
+        column[j0 + rows], value[j0 + rows] = i[hits], best
+        known = np.insert(known, place, rows)
+        at = np.insert(at, place, i[hits])
