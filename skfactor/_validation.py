@@ -32,11 +32,11 @@ def _host_array(X):
 
 
 def _one_line(error, X):
-    """scikit-learn's multi-line messages about shape and complex numbers in one line."""
+    """What scikit-learn says of shape and complex numbers, in one line with the remedy."""
     text = str(error)
-    if text.startswith("Expected 2D array"):
-        return (f"X must be 2-D with rows as samples (Expected 2D array), got shape {np.shape(X)}; "
-                "use X.reshape(1, -1) for one row or X.reshape(-1, 1) for one column")
+    if text.startswith(("Expected 2D array", "Found array with dim")):
+        return (f"X must be 2-D with rows as samples (Expected 2D array), got shape {np.shape(X)}. Reshape your data: "
+                "X.reshape(1, -1) is one row, X.reshape(-1, 1) one column")
     if text.startswith("Complex data not supported"):
         return f"X must be real, got dtype {np.asarray(X).dtype} (Complex data not supported)"
     return None

@@ -319,8 +319,9 @@ class KMeansWeightSharer(BaseCompressor):
         found = self.decoder_.codebooks.shape[1]
         if found < self.n_clusters and self.code_lengths_ is None:
             kind = "values" if self.vector_size == 1 else "sub-vectors"
-            warnings.warn(f"X has fewer distinct {kind} than n_clusters={self.n_clusters}: {found} clusters are used",
-                          ConvergenceWarning, stacklevel=3)
+            warnings.warn(f"X gives only {found} distinct {kind} to share for n_clusters={self.n_clusters}; "
+                          f"{found} clusters are used",
+                          ConvergenceWarning, stacklevel=4)
 
 
 def _mean_square(X, weights):
