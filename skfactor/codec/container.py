@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from skfactor.codec._files import AtomicFile
-from skfactor.codec.index import Index, Reader, decode_index, encode_index, varint
-from skfactor.codec.streams import PackLedger, PackWriter, decode_pack, plan, put_together, take_apart
+from skfactor.codec.index import TAIL_BYTES, Index, Reader, decode_index, encode_region
+from skfactor.codec.streams import PackLedger, PackWriter, coder_name, decode_pack, plan, put_together, take_apart
 from skfactor.codec.tensor import CompressedTensor, RawTensor
 from skfactor.exceptions import FormatError
 
@@ -33,7 +33,6 @@ __all__ = ["FORMAT_VERSION", "SkfFile", "SkfWriter"]
 FORMAT_VERSION = 1
 _KEY = "skf1"
 _FOOTER = struct.Struct("<IBI")  # bytes of the index region; version << 4 | compression; CRC-32 of region and both
-_TAIL_BYTES = 1 << 10  # streams below are gathered behind the others under one check sum
 _WIDE_HEADER = 80  # holds N of 13 digits; a file of less than 100 kB gets 64
 _TIGHT_FILE = 99_999
 #: A file decodes to at most _RATIO times its size + _FREE bytes unless the reader raises `max_bytes`; the writer pads
@@ -145,7 +144,7 @@ class SkfWriter:
         self._arrangement = _Arrangement()
         self._packs = PackWriter()
         self._lengths: list[int] = []
-        self._checksums: list[int | None] = []
+        self._checksums: list[int] = []
         self._tail: list[bytes] = []
         self._bytes: dict[str, int] | None = None
         self._file = AtomicFile(path)
@@ -214,9 +213,8 @@ class SkfWriter:
 
     def _put(self, stream: bytes) -> None:
         self._lengths.append(len(stream))
-        if len(stream) < _TAIL_BYTES:
+        if len(stream) < TAIL_BYTES:
             self._tail.append(stream)
-            self._checksums.append(None)
         else:
             self._file.write(stream)
             self._checksums.append(zlib.crc32(stream))
@@ -228,11 +226,7 @@ class SkfWriter:
 
     def _finish(self) -> None:
         tail = b"".join(self._tail)
-        method, packed, work = encode_index(self._index)
-        table = b"".join(varint(n) for n in self._lengths)
-        table += b"".join(struct.pack("<I", c) for c in self._checksums if c is not None)
-        table += struct.pack("<I", zlib.crc32(tail)) if tail else b""
-        region = varint(len(packed)) + packed + table
+        method, region, work = encode_region(self._index, self._lengths, self._checksums, zlib.crc32(tail))
         unpadded = self._file.tell() + len(tail) + len(region) + _FOOTER.size - (_WIDE_HEADER - 64)
         decoded = sum(item.nbytes for item in self._arrangement.items.values())
         wanted = max(-(-(decoded - _FREE) // _RATIO), -(-(work - _INDEX_FREE) // _INDEX_RATIO))
@@ -400,15 +394,15 @@ class SkfFile:
     def _read_table(self, reader: Reader, start: int, region_bytes: int) -> None:
         """Lengths and check sums of all streams, and where they lie."""
         self._lengths = [reader.varint() for _ in range(self._arrangement.n_streams)]
-        n_large = sum(n >= _TAIL_BYTES for n in self._lengths)
+        n_large = sum(n >= TAIL_BYTES for n in self._lengths)
         checksums = iter(struct.unpack(f"<{n_large}I", reader.take(4 * n_large)))
-        tail_bytes = sum(n for n in self._lengths if n < _TAIL_BYTES)
+        tail_bytes = sum(n for n in self._lengths if n < TAIL_BYTES)
         self._tail_checksum = struct.unpack("<I", reader.take(4))[0] if tail_bytes else 0
         reader.end()
         self._where: list[tuple[int, int | None]] = []  # offset in the file or, without check sum, in the tail
         body, tail = start, 0
         for n in self._lengths:
-            if n < _TAIL_BYTES:
+            if n < TAIL_BYTES:
                 self._where.append((tail, None))
                 tail += n
             else:
@@ -497,8 +491,8 @@ class SkfFile:
         chain = entry.get("decoders", [])
         how = entry["data"] if "data" in entry else entry["codes"][2:]
         records = [record[2:] for _, _, arrays in chain for record in arrays.values()] + [how]
-        coders = [coder for record in records for part in record[1:] if isinstance(part, list) for coder in part]
-        coders += [self._pack_coder[pack] for pack, _, _ in item.small]
+        coders = [coder_name(c) for record in records for part in record[1:] if isinstance(part, list) for c in part]
+        coders += [coder_name(self._pack_coder[pack]) for pack, _, _ in item.small]
         described = {"kind": "raw" if "data" in entry else "compressed", "dtype": entry["dtype"],
                      "shape": tuple(entry["shape"]), "nbytes": self.nbytes(name), "nbytes_decoded": item.nbytes,
                      "coders": list(dict.fromkeys(coders))}

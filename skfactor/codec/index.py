@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import json
 import lzma
+import struct
 import zlib
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from skfactor.exceptions import FormatError
 
-__all__ = ["Index", "Reader", "decode_index", "encode_index", "varint"]
+__all__ = ["TAIL_BYTES", "Index", "Reader", "decode_index", "encode_index", "encode_region", "varint"]
 
+TAIL_BYTES = 1 << 10  # streams below are gathered behind the others under one check sum
 MAX_DEPTH = 12
 MAX_INT = (1 << 62) - 1
 STORED, DEFLATE, LZMA = range(3)
@@ -26,24 +28,27 @@ _LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "l
 #: Text that deflate may refer back to; part of format version 1 and never to be changed. Likely text stands last.
 DICTIONARY = (
     b'"float8_e4m3fn""float8_e5m2""complex64""uint64""uint32""uint16""int16""int8""uint8""int32""bool""bfloat16"'
-    b'"float64""<u8""<u4""<u2""<i2""|i1""|b1""<f2""<i8""<i4","line","grid","bytes","mask","ints","raw","planes",'
-    b'"packed","huffman","constant","context","sparse""ans"granularity":"row""column""group",'
-    b'"group_size":0,"dtype":"float64"},"layout":[0,[0,0,0],[0,0,0,0,0],[0,0,0,0,0],[]],"coder":"huffman",'
-    b'["identity",{},{}],"metadata":{"format":"pt"},"ties":[],'
+    b'"float64""<u8""<u4""<u2""<i2""|i1""|b1""<f2""<i8""<i4","line","grid",0,"<f8"],"ints",0,0,[0,0,0,0]'
+    b'"granularity":"row""column""group","group_size":0,"dtype":"float64"},"coder":"huffman","constant","packed",'
+    b'"context","sparse","layout":[0,[0,0,0],[0,0,0,0,0],[0,0,0,0,0],[]],["identity",{},{}],"metadata":{"format":"pt"},'
     b'".embed_tokens.weight","transformer.h.0.attn.c_attn.weight","model.layers.0.self_attn.q_proj.weight",'
     b'.k_proj.v_proj.o_proj.out_proj.mlp.gate_proj.up_proj.down_proj.fc1.fc2.input_layernorm.post_attention_layernorm'
     b'encoder.decoder.embeddings.classifier.features.0.downsample.0.head.norm1.norm2.ln_1.ln_2.wte.wpe.lm_head.'
     b'"layer1.0.bn1.running_mean","layer1.0.bn1.running_var","layer1.0.bn1.num_batches_tracked","layer1.0.bn2.weight",'
-    b'"layer2.1.conv2.weight","linear.weight","linear.bias","fc.weight","fc.bias","conv1.weight","bn1.bias","ip1.bias"'
-    b'{"names":["ip1.bias","ip1.weight","conv1.bias","conv1.weight","conv2.bias","conv2.weight"],"forms":['
+    b'"layer2.1.conv2.weight","linear.weight","linear.bias","fc1.weight","fc1.bias","fc2.weight","fc2.bias","bn1.bias",'
     b'{"dtype":"int64","shape":[],"data":["pack"]},{"dtype":"float16","shape":[0],"data":["const"]},'
-    b'{"dtype":"float32","shape":[0],"data":["const"]},{"dtype":"float32","shape":[0],"data":["pack"]},'
-    b'{"dtype":"float32","shape":[0,0],"data":["bytes",["planes"]]},'
+    b'{"dtype":"float32","shape":[0],"data":["const"]},{"dtype":"float32","shape":[0,0,0],"data":["bytes",[0]]},'
+    b'{"dtype":"float32","shape":[0],"data":["mask",0,[0],[0]]},'
     b'{"dtype":"float32","shape":[0,0,0,0],"decoders":[["codebook",{"granularity":"tensor","group_size":null,'
-    b'"dtype":"float32"},{"codebooks":["<f4",[0,0,0],"grid",0,"<f4"]}]],"codes":["|u1",null,"codes",["ans"]]},'
+    b'"dtype":"float32"},{"codebooks":["<f4",[0,0,0],"grid",0,"<f4"]}]],"codes":["<i4",null,"codes",[0,0]]},'
+    b'{"names":["ip1.bias","ip1.weight","conv1.weight","conv1.bias","conv1.weight","conv2.bias","conv2.weight",'
+    b'"ip1.bias","ip1.weight","ip2.bias","ip2.weight","ip3.bias","ip3.weight"],"forms":['
+    b'{"dtype":"float32","shape":[0],"data":["pack"]},'
+    b'{"dtype":"float32","shape":[0,0,0,0],"decoders":[["codebook",{"granularity":"tensor","group_size":null,'
+    b'"dtype":"float32"},{"codebooks":["<f4",[0,0,0],"grid",0,"<f4"]}]],"codes":["|u1",null,"codes",[0]]},'
     b'{"dtype":"float32","shape":[0,0],"decoders":[["codebook",{"granularity":"tensor","group_size":null,'
-    b'"dtype":"float32"},{"codebooks":["<f4",[0,0,0],"pack"]}]],"codes":["<i4",null,"codes",["context"]]}],'
-    b'"packs":["planes"]}"packs":["raw"]}'
+    b'"dtype":"float32"},{"codebooks":["<f4",[0,0,0],"pack"]}]],"codes":["|u1",null,"codes",[0]]}],"packs":[0,1]}'
+    b'"packs":[1]}'
 )
 
 
@@ -53,7 +58,7 @@ class Index(NamedTuple):
     names: list[str]
     entries: list[dict[str, Any] | None]
     ties: dict[str, str]
-    packs: list[str]
+    packs: list[int | str]
     metadata: dict[str, Any]
 
 
@@ -172,6 +177,46 @@ def _decompress(method: int, data: bytes, limit: int) -> bytes:
     return out
 
 
+def _name_columns(names: list[str]) -> tuple[dict[str, Any], bytes]:
+    """Names as a table of their dotted components: a list of distinct ones and, column by column from the right, ids.
+
+    Names of deep networks repeat in periods, which shows in columns. Id 0 stands left of a shorter name.
+    """
+    parts = [name.split(".")[::-1] for name in names]
+    depth = max(map(len, parts), default=0)
+    ids: dict[str, int] = {}
+    for row in parts:
+        for part in reversed(row):
+            ids.setdefault(part, len(ids) + 1)
+    columns = b"".join(varint(ids[row[c]] if c < len(row) else 0) for c in range(depth) for row in parts)
+    return {"parts": list(ids), "names": [len(names), depth]}, columns
+
+
+def _read_names(document: dict[str, Any], reader: Reader, limit: int) -> list[str]:
+    """The names of either form; FormatError if they are no distinct strings or take more than `limit` bytes."""
+    names = document["names"]
+    if "parts" in document:
+        parts = document["parts"]
+        if not (isinstance(names, list) and len(names) == 2 and all(type(n) is int and n >= 0 for n in names)
+                and isinstance(parts, list) and all(isinstance(part, str) for part in parts)):
+            raise FormatError("the table of names is damaged")
+        n, depth = names
+        if max(n, 1) * max(depth, 1) > len(reader.data):
+            raise FormatError(f"the index is too short for {n} names of {depth} components")
+        columns = [[reader.varint() for _ in range(n)] for _ in range(depth)]
+        if max((i for column in columns for i in column), default=0) > len(parts):
+            raise FormatError("the table of names refers to a component that is not there")
+        sizes = [0] + [4 * len(part) + 1 for part in parts]
+        if sum(sizes[i] for column in columns for i in column) > limit:
+            raise FormatError(f"names of the index take more than {limit} bytes")
+        names = [".".join(parts[c[row] - 1] for c in reversed(columns) if c[row]) for row in range(n)]
+    elif not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise FormatError("names of the index must be strings")
+    if len(set(names)) != len(names):
+        raise FormatError(f"the index names {next(a for a, b in pairwise(sorted(names)) if a == b)!r} twice")
+    return names
+
+
 def encode_index(index: Index) -> tuple[int, bytes, int]:
     """Return the method of compression, the compressed bytes, and the work of reading them (see `decode_index`)."""
     forms: dict[str, int] = {}
@@ -190,16 +235,33 @@ def encode_index(index: Index) -> tuple[int, bytes, int]:
             columns.append([])
         columns[number].append(ints)
         which.append(number)
-    document = {"names": index.names, "forms": [json.loads(text) for text in forms]}
-    document |= {"metadata": index.metadata} if index.metadata else {}
-    document |= {"packs": index.packs} if index.packs else {}
-    text = _json_bytes(document)
     numbers = b"".join(varint(number + 1) for number in which) + b"".join(varint(target) for target in targets)
     for rows in columns:
         numbers += b"".join(varint(_zigzag(value)) for column in zip(*rows) for value in column)
-    data = varint(len(text)) + text + numbers
-    sizes = [len(form) for form in forms]
-    return *_compress(data), len(data) + sum(sizes[number] for number in which if number >= 0)
+    rest: dict[str, Any] = {"forms": [json.loads(text) for text in forms]}
+    rest |= {"metadata": index.metadata} if index.metadata else {}
+    rest |= {"packs": index.packs} if index.packs else {}
+    candidates, work = [], 0
+    for names, table in (({"names": index.names}, b""), _name_columns(index.names)):
+        text = _json_bytes(names | rest)
+        data = varint(len(text)) + text + table + numbers
+        candidates.append(_compress(data))
+        work = max(work, len(data))
+    work += sum(4 * len(name) + 1 + name.count(".") for name in index.names)
+    sizes = [len(form.encode()) for form in forms]
+    return *min(candidates, key=lambda c: len(c[1])), work + sum(sizes[number] for number in which if number >= 0)
+
+
+def encode_region(index: Index, lengths: list[int], checksums: list[int], tail_checksum: int) -> tuple[int, bytes, int]:
+    """The index region of a file: compressed index, lengths of all streams, check sums of the large ones.
+
+    Returns the method of compression, the region, and the work of reading it.
+    """
+    method, packed, work = encode_index(index)
+    table = b"".join(map(varint, lengths)) + struct.pack(f"<{len(checksums)}I", *checksums)
+    if any(0 < n < TAIL_BYTES for n in lengths):
+        table += struct.pack("<I", tail_checksum)
+    return method, varint(len(packed)) + packed + table, work
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
@@ -208,18 +270,12 @@ def _parsed(text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise FormatError(f"the index is not valid JSON: {error}") from None
     expected = {"names": list, "forms": list, "metadata": dict, "packs": list}
-    if not isinstance(document, dict) or not document.keys() <= expected.keys():
-        raise FormatError("the index must be a JSON object with names, forms, metadata and packs")
-    document = {key: document.get(key, kind()) for key, kind in expected.items()}
+    if not isinstance(document, dict) or not document.keys() <= {*expected, "parts"} or "names" not in document:
+        raise FormatError("the index must be a JSON object with names, parts, forms, metadata and packs")
+    document = {key: kind() for key, kind in expected.items()} | document
     for key, kind in expected.items():
         if not isinstance(document[key], kind):
             raise FormatError(f"{key!r} of the index must be a {kind.__name__}, got {type(document[key]).__name__}")
-    names = document["names"]
-    if not all(isinstance(name, str) for name in names + document["packs"]):
-        raise FormatError("names of the index must be strings")
-    if len(set(names)) != len(names):
-        twice = sorted(names)
-        raise FormatError(f"the index names {next(a for a, b in pairwise(twice) if a == b)!r} twice")
     if not all(isinstance(form, dict) for form in document["forms"]):
         raise FormatError("forms of the index must be objects")
     return document
@@ -228,13 +284,13 @@ def _parsed(text: bytes) -> dict[str, Any]:
 def decode_index(method: int, data: bytes, limit: int) -> Index:
     """Inverse of `encode_index`.
 
-    `limit` bounds the work: bytes of the decompressed index plus bytes of form text that its entries repeat.
+    `limit` bounds the work: bytes of the decompressed index plus bytes of names and forms that its entries repeat.
     """
     data = _decompress(method, data, limit)
     reader = Reader(data)
-    text = reader.take(reader.varint())
-    document = _parsed(text)
-    names, forms = document["names"], document["forms"]
+    document = _parsed(reader.take(reader.varint()))
+    forms = document["forms"]
+    names = _read_names(document, reader, limit - len(data))
     which = [reader.varint() - 1 for _ in names]
     if max(which, default=-1) >= len(forms):
         raise FormatError(f"the index refers to form {max(which)} of {len(forms)}")
@@ -254,8 +310,7 @@ def decode_index(method: int, data: bytes, limit: int) -> Index:
         if number >= 0:
             members_of[number].append(i)
     for form, members in zip(forms, members_of):
-        n_ints = _count(form)
-        columns = [[reader.varint() for _ in members] for _ in range(n_ints)]
+        columns = [[reader.varint() for _ in members] for _ in range(_count(form))]
         for row, i in enumerate(members):
             entries[i] = _join(form, ((c[row] >> 1) ^ -(c[row] & 1) for c in columns))
     reader.end()

@@ -18,7 +18,7 @@ from skfactor.codec.coders import decode_bytes, decode_codes, encode_bytes, enco
 from skfactor.codec.decoders import Decoder, decoder_from_parts
 from skfactor.codec.dtypes import DTYPES, host_dtype, is_float
 from skfactor.codec.floats import bits_of, find_grid, find_line, grid_values, line_values
-from skfactor.codec.index import Index, encode_index
+from skfactor.codec.index import TAIL_BYTES, Index, encode_region
 from skfactor.codec.tensor import CompressedTensor, Layout, RawTensor
 from skfactor.exceptions import FormatError
 
@@ -41,6 +41,21 @@ CHUNK_CODES = 1 << 21
 MAX_RANGE = 1 << 16  # integer codes without hints that span more are stored as plain integers
 _DTYPES = {np.dtype(host).str for _, host in DTYPES.values()}
 _MAX_SIZE = 1 << 48
+#: Entries hold a coder as its number here, other coders by name. Part of the format: append only.
+CODER_NAMES = ("raw", "planes", "constant", "packed", "huffman", "ans", "sparse", "bytes", "context")
+
+
+def _coder_number(name: str) -> int | str:
+    return CODER_NAMES.index(name) if name in CODER_NAMES else name
+
+
+def coder_name(number: Any) -> str:
+    """Inverse of `_coder_number`; FormatError for what is neither a name nor a number."""
+    if isinstance(number, str):
+        return number
+    if type(number) is int and 0 <= number < len(CODER_NAMES):
+        return CODER_NAMES[number]
+    raise FormatError(f"unknown coder {number!r:.80}")
 
 
 class EncodedTensor(NamedTuple):
@@ -52,7 +67,8 @@ class EncodedTensor(NamedTuple):
         JSON-able description that `decode_tensor` needs.
     streams : list of bytes
     nbytes : int
-        Bytes of the streams and of the entry in a file that holds this tensor alone.
+        Bytes of streams and index of a file that holds this tensor alone, under the name "". Header and footer, the
+        same for every tensor, are left out.
     """
 
     entry: dict[str, Any]
@@ -134,19 +150,20 @@ class PackWriter:
                 pack, _ = self.ledger.place(array.dtype.str, array.size)
                 self._arrays.setdefault(pack, []).append(array.copy())
 
-    def close(self, *, everything: bool = False) -> list[tuple[str, bytes]]:
+    def close(self, *, everything: bool = False) -> list[tuple[int | str, bytes]]:
         """Coder and payload of every pack that closes now; see `PackLedger.close`."""
         coded = []
         for pack in self.ledger.close(everything=everything):
             flat = np.concatenate([a.reshape(-1).view(np.uint8) for a in self._arrays.pop(pack)])
-            coded.append(encode_bytes(flat, np.dtype(self.ledger.dtypes[pack]).itemsize))
+            name, payload = encode_bytes(flat, np.dtype(self.ledger.dtypes[pack]).itemsize)
+            coded.append((_coder_number(name), payload))
         return coded
 
 
-def decode_pack(coder: str, data: bytes, dtype: str, count: int) -> np.ndarray:
+def decode_pack(coder: int | str, data: bytes, dtype: str, count: int) -> np.ndarray:
     """The elements of a pack."""
     host = np.dtype(dtype)
-    return decode_bytes(coder, data, count * host.itemsize, host.itemsize).view(host)
+    return decode_bytes(coder_name(coder), data, count * host.itemsize, host.itemsize).view(host)
 
 
 # --- arrays to streams ----------------------------------------------------------------------------
@@ -172,13 +189,13 @@ def _n_row_chunks(shape: tuple[int, int]) -> int:
     return -(-shape[0] // max(1, CHUNK_CODES // max(1, shape[1])))
 
 
-def _encode_bytes_chunks(flat: np.ndarray) -> tuple[list[str], list[bytes]]:
+def _encode_bytes_chunks(flat: np.ndarray) -> tuple[list[int | str], list[bytes]]:
     data = flat.view(np.uint8)
     coded = [encode_bytes(data[i : i + CHUNK_BYTES], flat.dtype.itemsize) for i in range(0, len(data), CHUNK_BYTES)]
-    return [name for name, _ in coded], [payload for _, payload in coded]
+    return [_coder_number(name) for name, _ in coded], [payload for _, payload in coded]
 
 
-def _encode_codes_chunks(codes, n_symbols, *, coder="auto", zero=None, kernel=1) -> tuple[list[str], list[bytes]]:
+def _encode_codes_chunks(codes, n_symbols, *, coder="auto", zero=None, kernel=1) -> tuple[list[int | str], list[bytes]]:
     """Code a matrix by blocks of rows; 'auto' is decided on the first and kept where it can code the others."""
     names, payloads = [], []
     for rows in _row_chunks(codes.shape):
@@ -191,7 +208,7 @@ def _encode_codes_chunks(codes, n_symbols, *, coder="auto", zero=None, kernel=1)
             coded = encode_codes(codes[rows], n_symbols, zero=zero, kernel=kernel)
         names.append(coded[0])
         payloads.append(coded[1])
-    return names, payloads
+    return [_coder_number(name) for name in names], payloads
 
 
 def _store_masked(array: np.ndarray, kernel: int) -> _Stored | None:
@@ -270,9 +287,9 @@ def _is_int(value: Any, low: int = 0, high: int = _MAX_SIZE) -> bool:
 
 
 def _checked_shape(shape: Any, what: str) -> tuple[int, ...]:
-    _require(isinstance(shape, list) and len(shape) <= 32 and all(_is_int(n) for n in shape),
-             f"{what} must have a shape of at most 32 lengths, got {shape!r:.80}")
-    _require(math.prod(max(n, 1) for n in shape) <= _MAX_SIZE, f"{what} is too large: shape {shape!r:.80}")
+    if not (isinstance(shape, list) and len(shape) <= 32 and all(_is_int(n) for n in shape)
+            and math.prod(max(n, 1) for n in shape) <= _MAX_SIZE):
+        raise FormatError(f"{what} cannot have the shape {shape!r:.80}")
     return tuple(shape)
 
 
@@ -282,14 +299,17 @@ def _n_chunks(nbytes: int) -> int:
 
 def _plan_array(how: Any, dtype: Any, shape: tuple[int, ...], what: str, *, codes: bool) -> Plan:
     """Check one array's record completely and say what reading it takes."""
-    _require(isinstance(dtype, str) and dtype in _DTYPES, f"{what}: unknown dtype {dtype!r:.80}")
-    _require(isinstance(how, list) and how and isinstance(how[0], str), f"{what}: damaged record {how!r:.80}")
+    if not (isinstance(dtype, str) and dtype in _DTYPES):
+        raise FormatError(f"{what}: unknown dtype {dtype!r:.80}")
+    if not (isinstance(how, list) and how and isinstance(how[0], str)):
+        raise FormatError(f"{what}: damaged record {how!r:.80}")
     tag, *args = how
     kind, count, size = dtype[1], math.prod(shape), math.prod(shape) * np.dtype(dtype).itemsize
 
     def coders(value, n):
-        _require(isinstance(value, list) and len(value) == n and all(isinstance(v, str) for v in value),
-                 f"{what}: needs {n} coded streams, got {value!r:.80}")
+        if not (isinstance(value, list) and len(value) == n
+                and all(isinstance(v, str) or _is_int(v, 0, len(CODER_NAMES) - 1) for v in value)):
+            raise FormatError(f"{what}: needs the coders of {n} streams, got {value!r:.80}")
         return n
 
     match tag, args:
@@ -310,22 +330,22 @@ def _plan_array(how: Any, dtype: Any, shape: tuple[int, ...], what: str, *, code
             return Plan(coders(names, _n_row_chunks(_matrix_shape(shape))), [], size)
         case "ints", [low, n_symbols, names] if codes and kind in "iu" and count:
             info = np.iinfo(dtype)
-            _require(_is_int(low, info.min, info.max) and _is_int(n_symbols, 1, MAX_RANGE)
-                     and low + n_symbols - 1 <= info.max,
-                     f"{what}: {n_symbols!r:.40} integers from {low!r:.40} do not fit {dtype}")
+            if not (_is_int(low, info.min, info.max) and _is_int(n_symbols, 1, MAX_RANGE)
+                    and low + n_symbols - 1 <= info.max):
+                raise FormatError(f"{what}: {n_symbols!r:.40} integers from {low!r:.40} do not fit {dtype}")
             return Plan(coders(names, _n_row_chunks(_matrix_shape(shape))), [], size)
     raise FormatError(f"{what}: damaged record {how!r:.80} of a {dtype} array of shape {shape!r:.80}")
 
 
-def _load_bytes(names: list[str], dtype: str, count: int, source: Source) -> np.ndarray:
+def _load_bytes(names: list[int | str], dtype: str, count: int, source: Source) -> np.ndarray:
     host = np.dtype("|u1" if dtype == "|b1" else dtype)
     if len(names) == 1:
-        return decode_bytes(names[0], source.stream(), count * host.itemsize, host.itemsize).view(host)
+        return decode_bytes(coder_name(names[0]), source.stream(), count * host.itemsize, host.itemsize).view(host)
     out = np.empty(count, dtype=host)
     raw = out.view(np.uint8)
     for i, name in enumerate(names):
         piece = raw[i * CHUNK_BYTES : (i + 1) * CHUNK_BYTES]
-        piece[:] = decode_bytes(name, source.stream(), len(piece), host.itemsize)
+        piece[:] = decode_bytes(coder_name(name), source.stream(), len(piece), host.itemsize)
     return out
 
 
@@ -333,7 +353,7 @@ def _load_matrix(names, shape, n_symbols, source, *, dtype, zero=None, kernel=1,
     out = np.empty(shape, dtype=dtype)
     for name, rows in zip(names, _row_chunks(shape)):
         piece = out[rows]
-        piece[:] = decode_codes(name, source.stream(), piece.shape, n_symbols, zero=zero, kernel=kernel)
+        piece[:] = decode_codes(coder_name(name), source.stream(), piece.shape, n_symbols, zero=zero, kernel=kernel)
     if low:
         out += np.array(low, dtype=dtype)
     return out
@@ -464,29 +484,38 @@ def _array_records(entry: dict[str, Any], shape: tuple[int, ...], layout: Layout
             case _:
                 raise FormatError(f"damaged decoder {link!r:.80}")
         for name, record in records.items():
-            _require(isinstance(record, list) and len(record) > 2, f"array {name!r:.40}: damaged record {record!r:.80}")
-            yield f"array {name!r:.40}", record[2:], record[0], _checked_shape(record[1], f"array {name!r:.40}"), False
+            what = f"array {name!r:.40}"
+            if not (isinstance(record, list) and len(record) > 2):
+                raise FormatError(f"{what}: damaged record {record!r:.80}")
+            yield what, record[2:], record[0], _checked_shape(record[1], what), False
     record = entry["codes"]
-    _require(isinstance(record, list) and len(record) > 2, f"codes: damaged record {record!r:.80}")
+    if not (isinstance(record, list) and len(record) > 2):
+        raise FormatError(f"codes: damaged record {record!r:.80}")
     plain = [layout.n_rows, math.prod(layout.kernel_shape)]
     yield "codes", record[2:], record[0], _checked_shape(plain if record[1] is None else record[1], "codes"), True
 
 
 def _checked_entry(entry: Any) -> tuple[tuple[int, ...], Layout | None]:
     """Check the outer form of an entry; return the tensor's shape and, unless raw, its layout."""
-    _require(isinstance(entry, dict), f"damaged entry {entry!r:.80}")
-    keys = set(entry)
+    if not isinstance(entry, dict):
+        raise FormatError(f"damaged entry {entry!r:.80}")
+    keys = entry.keys()
     raw = keys == {"dtype", "shape", "data"}
-    _require(raw or {"dtype", "shape", "decoders", "codes"} <= keys <= {
-        "dtype", "shape", "decoders", "codes", "layout", "coder"}, f"entry has the keys {sorted(keys)!r:.120}")
+    if not raw and not {"dtype", "shape", "decoders", "codes"} <= keys <= {
+            "dtype", "shape", "decoders", "codes", "layout", "coder"}:
+        raise FormatError(f"entry has the keys {sorted(keys)!r:.120}")
     dtype = entry["dtype"]
-    _require(isinstance(dtype, str) and dtype in DTYPES, f"unknown dtype {dtype!r:.80}")
+    if not (isinstance(dtype, str) and dtype in DTYPES):
+        raise FormatError(f"unknown dtype {dtype!r:.80}")
     shape = _checked_shape(entry["shape"], "tensor")
     if raw:
         return shape, None
-    _require(is_float(dtype), f"dtype of a compressed tensor must be a float, got {dtype!r}")
-    _require(isinstance(entry["decoders"], list) and bool(entry["decoders"]), "a compressed tensor has no decoder")
-    _require(isinstance(entry.get("coder", ""), str), f"coder must be a name, got {entry.get('coder')!r:.80}")
+    if not is_float(dtype):
+        raise FormatError(f"dtype of a compressed tensor must be a float, got {dtype!r}")
+    if not (isinstance(entry["decoders"], list) and entry["decoders"]):
+        raise FormatError("a compressed tensor has no decoder")
+    if not isinstance(entry.get("coder", ""), str):
+        raise FormatError(f"coder must be a name, got {entry['coder']!r:.80}")
     return shape, _checked_layout(entry, shape)
 
 
@@ -562,7 +591,7 @@ def encode_tensor(tensor: CompressedTensor | RawTensor) -> EncodedTensor:
     --------
     >>> encoded = encode_tensor(RawTensor(np.zeros((1000, 1000), dtype=np.float32), "float32"))
     >>> encoded.entry, [len(s) for s in encoded.streams]
-    ({'dtype': 'float32', 'shape': [1000, 1000], 'data': ['const'], 'packs': ['raw']}, [4])
+    ({'dtype': 'float32', 'shape': [1000, 1000], 'data': ['const'], 'packs': [0]}, [4])
     >>> decode_tensor(*encoded[:2]).shape
     (1000, 1000)
     """
@@ -572,10 +601,12 @@ def encode_tensor(tensor: CompressedTensor | RawTensor) -> EncodedTensor:
     coded = packs.close(everything=True)
     names = [name for name, _ in coded]
     streams = streams + [payload for _, payload in coded]
-    _, index = encode_index(Index([""], [entry], {}, names, {}))[:2]
+    lengths = list(map(len, streams))
+    large = [0 for n in lengths if n >= TAIL_BYTES]
+    _, region, _ = encode_region(Index([""], [entry], {}, names, {}), lengths, large, 0)
     if names:
         entry = entry | {"packs": names}
-    return EncodedTensor(entry, streams, sum(map(len, streams)) + len(index))
+    return EncodedTensor(entry, streams, sum(lengths) + len(region))
 
 
 class _OneTensor:
@@ -604,7 +635,8 @@ class _OneTensor:
 
 def decode_tensor(entry: dict[str, Any], streams: Iterable[bytes]) -> CompressedTensor | RawTensor:
     """Inverse of `encode_tensor`; FormatError if entry and streams do not fit together."""
-    _require(isinstance(entry, dict), f"damaged entry {entry!r:.80}")
+    if not isinstance(entry, dict):
+        raise FormatError(f"damaged entry {entry!r:.80}")
     packs = entry.get("packs", [])
     entry = {k: v for k, v in entry.items() if k != "packs"}
     return put_together(entry, _OneTensor(entry, packs, list(streams)))
