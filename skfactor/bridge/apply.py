@@ -1,0 +1,231 @@
+"""`compress`: a network in, a compressed network out; `load` and `load_into`: the way back."""
+# SPDX-License-Identifier: BSD-3-Clause
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from skfactor.bridge.calibrate import Moments, collect_moments
+from skfactor.bridge.files import file_source
+from skfactor.bridge.layers import Network, entries_of_module, entries_of_state_dict, plain_name, unwrap
+from skfactor.bridge.result import CompressionResult, Source, compress_source
+from skfactor.bridge.rules import resolve_rules
+from skfactor.bridge.tensors import dtype_name, from_bits, to_bits
+from skfactor.codec.container import SkfFile
+from skfactor.codec.safetensors_io import SafetensorsReader
+from skfactor.codec.tensor import CompressedTensor, RawTensor
+from skfactor.exceptions import LayerError
+
+__all__ = ["compress", "load", "load_into"]
+
+
+def compress(model: nn.Module | Mapping[str, torch.Tensor] | str | PathLike, rules: Any, *, calibration: Any = None,
+             n_jobs: int | None = None, progress: bool = True) -> CompressionResult:
+    """Compress the weights of a network.
+
+    Parameters
+    ----------
+    model : Module, state dict, or path of a .safetensors file
+        Never changed.
+    rules : estimator, Pipeline or dict
+        One compressor for every layer, or `{key: compressor or None}`. A key is a name or a name pattern of layers or
+        parameters ("layer1.0.conv1", "layer1.*"), a module type (`torch.nn.Conv2d` or "Conv2d"), "parameters" (those of
+        two or more dimensions that belong to no known layer), or the default "*". The most specific one decides: exact
+        name, patterns in the order given, type, default. None leaves a layer as it is. Compressors are cloned, never
+        fitted. Parameters of one dimension and buffers are taken only where a rule names them.
+    calibration : tensor, tuple, dict, list or loader, default=None
+        Unlabelled inputs; each layer's estimator then gets the second moment of the layer's inputs (`input_gram`), an
+        embedding's how often each row is used (`sample_weight`). A tensor is a batch of inputs, a tuple the positional
+        and a dict the keyword arguments of one forward pass; anything else is iterated as batches, and of a batch
+        (x, y) only what `forward` requires is used. Needs a module.
+    n_jobs : int, default=None
+        Layers fitted at a time, through joblib, so that `joblib.parallel_config` applies. The result does not depend
+        on it.
+    progress : bool, default=True
+        Show a progress bar when the output is a terminal.
+
+    Returns
+    -------
+    result : CompressionResult
+
+    Raises
+    ------
+    LayerError
+        A layer cannot be compressed; nothing has changed.
+    ValueError, TypeError
+        A rule that matches nothing or is no compressor, or calibration that cannot be used.
+
+    Examples
+    --------
+    >>> import torch, skfactor
+    >>> net = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> result = skfactor.compress(net, {"0": skfactor.KMeansWeightSharer(n_clusters=4), "*": None})
+    >>> len(result.model[0].weight.unique()) <= 4
+    True
+    >>> result.skipped["2.weight"]
+    "rule '*' is None"
+    """
+    if isinstance(model, nn.Module):
+        return _compress_module(model, rules, calibration, n_jobs, progress)
+    if calibration is not None:
+        raise ValueError("calibration runs the network: give the module, not its state dict or file")
+    if isinstance(model, (str, PathLike)):
+        with SafetensorsReader(model) as reader:
+            source = file_source(reader)
+            plan = resolve_rules(rules, source.entries)
+            return compress_source(source, plan, n_jobs=n_jobs, progress=progress)
+    if isinstance(model, Mapping):
+        source = _source(entries_of_state_dict(model))
+        return compress_source(source, resolve_rules(rules, source.entries), n_jobs=n_jobs, progress=progress)
+    raise TypeError("model must be a torch.nn.Module, a state dict or the path of a .safetensors file, "
+                    f"got {type(model).__name__}")
+
+
+def _compress_module(model, rules, calibration, n_jobs, progress) -> CompressionResult:
+    plan = resolve_rules(rules, entries_of_module(model).entries)
+    copied = _deep_copy(model)
+    network = entries_of_module(copied)
+    moments = Moments()
+    if calibration is not None:
+        moments = collect_moments(copied, {name: network.owners[name] for name in plan.taken}, calibration)
+    side = {name: moments.side(name) for name in plan.taken}
+    result = compress_source(_source(network), plan, side=side, n_jobs=n_jobs, progress=progress)
+    _write(network.tensors, {n: t for n, t in result.tensors.items() if isinstance(t, CompressedTensor)})
+    result.model, result.uncalibrated = copied, moments.missing
+    return result
+
+
+def _source(network: Network) -> Source:
+    return Source(network.entries, network.names, lambda name: to_bits(network.tensors[name]), network.not_stored)
+
+
+def _deep_copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(f"the network cannot be copied: {error}; compress its state_dict() instead") from error
+
+
+def _write(targets: Mapping[str, torch.Tensor], tensors: Mapping[str, CompressedTensor | RawTensor]) -> None:
+    """Copy values into live tensors, in place: ties, optimizers, devices and memory formats stay."""
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            targets[name].copy_(from_bits(tensor.to_array(), tensor.dtype))
+
+
+def load(path: str | PathLike) -> dict[str, torch.Tensor]:
+    """Read a compressed file: the state dict with the reconstructed weights; tied names share one tensor.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        A .skf file.
+
+    Returns
+    -------
+    state : dict of str to Tensor
+        On the CPU; the bits that `CompressionResult.state_dict` had.
+
+    Raises
+    ------
+    FormatError
+        The file is damaged, or is not a .skf file.
+    """
+    with SkfFile(path) as file:
+        state: dict[str, torch.Tensor] = {}
+        for name in file.names:
+            first = file.ties.get(name)
+            state[name] = state[first] if first else from_bits(file.read_array(name), file.entry(name)["dtype"])
+        return state
+
+
+def load_into(model: nn.Module, path: str | PathLike, strict: bool = True) -> nn.Module:
+    """Write the weights of a compressed file into a network, in place, and return the network.
+
+    Everything is read and checked before the first weight changes. Values are copied into the existing parameters, so
+    ties, optimizers, devices and memory formats stay.
+
+    Parameters
+    ----------
+    model : Module
+        Of the class and size that was compressed.
+    path : str or PathLike
+        A .skf file.
+    strict : bool, default=True
+        Whether names that only one side has are an error.
+
+    Returns
+    -------
+    model : Module
+
+    Raises
+    ------
+    ValueError
+        Names, shapes or dtypes differ; the network is unchanged.
+    FormatError
+        The file is damaged; the network is unchanged.
+    """
+    targets = _targets(model)
+    state = load(path)
+    if strict:
+        _check_names(targets, state)
+    common = [name for name in targets if name in state]
+    wrong = [f"{n}: file {dtype_name(state[n])} {tuple(state[n].shape)}, network {dtype_name(targets[n])} "
+             f"{tuple(targets[n].shape)}" for n in common
+             if state[n].shape != targets[n].shape or state[n].dtype != targets[n].dtype]
+    if wrong:
+        raise ValueError(f"{len(wrong)} tensors differ in shape or dtype: {_some(wrong, '; ')}")
+    _check_ties(targets, state, common)
+    with torch.no_grad():
+        for name in common:
+            targets[name].copy_(state[name])
+    return model
+
+
+def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Live tensors of a network by name; LayerError for those that cannot be written to."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    state = unwrap(model).state_dict(keep_vars=True)
+    targets = {plain_name(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    for name, value in targets.items():
+        if nn.parameter.is_lazy(value):
+            raise LayerError(f"{name} is not initialised yet; run one forward pass before loading")
+        if value.is_meta:
+            raise LayerError(f"{name} is on the meta device; call model.to_empty(device=...) before loading")
+    return targets
+
+
+def _check_names(targets: Mapping, state: Mapping) -> None:
+    missing = [n for n in targets if n not in state]
+    unexpected = [n for n in state if n not in targets]
+    if missing or unexpected:
+        parts = [f"{len(names)} {what} ({_some(names)})" for what, names in
+                 (("are not in the file", missing), ("are not in the network", unexpected)) if names]
+        raise ValueError(f"the file does not fit the network: names that {' and '.join(parts)}; "
+                         "strict=False takes those in common")
+
+
+def _check_ties(targets, state, common) -> None:
+    """Names that the network ties must have one value in the file."""
+    first: dict[int, str] = {}
+    for name in common:
+        other = first.setdefault(id(targets[name]), name)
+        if state[name] is not state[other] and not _same_bits(state[name], state[other]):
+            raise ValueError(f"the network ties {other} and {name}, but the file holds two different tensors")
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return to_bits(a).tobytes() == to_bits(b).tobytes()
+
+
+def _some(items: list[str], separator: str = ", ", n: int = 3) -> str:
+    """The first items, and how many more."""
+    more = f"{separator}and {len(items) - n} more" if len(items) > n else ""
+    return separator.join(items[:n]) + more

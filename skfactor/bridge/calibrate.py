@@ -1,0 +1,387 @@
+"""Calibration: the second moment of every layer's inputs, from unlabelled examples run through the network.
+
+A layer computes y = W u for one input vector u per output position: a patch (c_in/g, kh, kw) of a convolution, a row of
+a Linear. What a compressed weight costs at the output is then E‖(W − Ŵ) u‖² = tr((W − Ŵ) G (W − Ŵ)ᵀ) with
+G = E[u uᵀ], and G is all that the estimators need to know of the data.
+"""
+# SPDX-License-Identifier: BSD-3-Clause
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from skfactor.bridge.layers import LayerSpec, unwrap
+
+__all__ = ["Moments", "collect_moments", "input_vectors", "model_batches", "register_input_vectors"]
+
+#: Elements of unfolded input held at a time.
+CHUNK = 1 << 23
+#: Rows of a plain input tensor that run at a time.
+BATCH = 64
+
+#: What a layer's inputs are as vectors: (module, args, kwargs, parameter) -> tensors (g, n, d).
+InputVectors = Callable[[nn.Module, tuple, dict, str], Iterator[torch.Tensor]]
+_VECTORS: dict[type | str, InputVectors] = {}
+
+
+@dataclass
+class Moments:
+    """What calibration gave.
+
+    Attributes
+    ----------
+    grams : dict of str to ndarray
+        By tensor name: G of shape (d, d), or (g, d, d) for g groups of rows.
+    sample_weights : dict of str to ndarray
+        By tensor name: how often each row of an embedding is looked up, as a weight (n_rows,).
+    missing : dict of str to str
+        Tensors without either, with the reason.
+    """
+
+    grams: dict[str, np.ndarray] = field(default_factory=dict)
+    sample_weights: dict[str, np.ndarray] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def side(self, name: str) -> dict[str, np.ndarray]:
+        """Fit parameters of one tensor."""
+        side = {"input_gram": self.grams.get(name), "sample_weight": self.sample_weights.get(name)}
+        return {k: v for k, v in side.items() if v is not None}
+
+
+def register_input_vectors(module_type: type, vectors: InputVectors) -> None:
+    """Tell calibration what the input vectors of a layer type are.
+
+    Parameters
+    ----------
+    module_type : type
+        Subclass of `torch.nn.Module`, as in `register_layer`.
+    vectors : callable
+        `vectors(module, args, kwargs, parameter)` yields tensors (g, n, d): n input vectors of d elements for each of
+        the g equal blocks of rows; d is the number of columns of the weight's matrix.
+    """
+    _VECTORS[module_type] = vectors
+
+
+def collect_moments(model: nn.Module, owners: Mapping[str, list[tuple[nn.Module, LayerSpec]]],
+                    calibration: Any) -> Moments:
+    """Run the calibration inputs and accumulate the second moments of the inputs of the named layers.
+
+    The network runs in eval mode without gradients; hooks and modes are as before on return, also after an error.
+
+    Parameters
+    ----------
+    model : Module
+    owners : dict of str to list of (Module, LayerSpec)
+        For each tensor name the layers of `model` whose weight it is; the moments of several uses add up.
+    calibration : tensor, tuple, dict, list or loader
+        See `model_batches`.
+    """
+    moments, sums = Moments(), {}
+    with ExitStack() as stack:
+        for name, layers in owners.items():
+            kinds = {_vectors_of(module) for module, _ in layers}
+            if len(kinds) != 1 or None in kinds:
+                moments.missing[name] = ("tied between layers of different kinds" if len(kinds) > 1
+                                         else "the inputs of this kind of layer are not known to calibration")
+                continue
+            sums[name] = _CountSum() if kinds == {_rows_looked_up} else _GramSum()
+            for module, spec in layers:
+                hook = _hook(sums[name], kinds.copy().pop(), spec.parameter)
+                stack.enter_context(_removing(module.register_forward_pre_hook(hook, with_kwargs=True)))
+        stack.enter_context(_evaluation(model))
+        for args, kwargs in model_batches(model, calibration):
+            model(*args, **kwargs)
+    for name, total in sums.items():
+        value = total.result()
+        if value is None:
+            moments.missing[name] = "not reached by the calibration inputs"
+        elif not np.isfinite(value).all():
+            moments.missing[name] = "its inputs are not finite"
+        else:
+            (moments.sample_weights if isinstance(total, _CountSum) else moments.grams)[name] = value
+    return moments
+
+
+def _hook(total, vectors, parameter):
+    def accumulate(module, args, kwargs):
+        for u in vectors(module, args, kwargs, parameter):
+            total.add(u, module)
+
+    return accumulate
+
+
+@contextmanager
+def _removing(handle):
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, and no fused attention that would go past the hooks; all as before on exit."""
+    modes = [(m, m.training) for m in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, training in modes:
+            module.training = training
+
+
+class _GramSum:
+    """Running sum of u uᵀ: products in the inputs' precision (float32 at least), the sum in float64."""
+
+    def __init__(self):
+        self.total, self.count = None, 0
+
+    def add(self, u: torch.Tensor, module: nn.Module) -> None:
+        """Add vectors u (g, n, d)."""
+        u = u if u.dtype == torch.float64 else u.float()
+        product = torch.bmm(u.transpose(1, 2), u)
+        product = product.double() if product.shape[-1] <= 2048 else product
+        self.total = product if self.total is None else self.total.add_(product)
+        self.count += u.shape[1]
+
+    def result(self) -> np.ndarray | None:
+        if not self.count:
+            return None
+        gram = (self.total / self.count).cpu().numpy()
+        return gram[0] if len(gram) == 1 else gram
+
+
+class _CountSum:
+    """How often each row is looked up, every row once more so that rare rows keep a weight; mean 1."""
+
+    def __init__(self):
+        self.counts = None
+
+    def add(self, rows: torch.Tensor, module: nn.Module) -> None:
+        counts = torch.bincount(rows.reshape(-1), minlength=module.num_embeddings).double()
+        self.counts = counts if self.counts is None else self.counts + counts
+
+    def result(self) -> np.ndarray | None:
+        if self.counts is None or not self.counts.sum():
+            return None
+        weight = self.counts.cpu().numpy() + 1.0
+        return weight / weight.mean()
+
+
+# ------------------------------------------------------------------------------------------- inputs of the network
+def model_batches(model: nn.Module, calibration: Any) -> Iterator[tuple[tuple, dict]]:
+    """Arguments of each forward pass, on the model's device and floats in the model's dtype.
+
+    Parameters
+    ----------
+    model : Module
+    calibration : tensor, tuple, dict, list or loader
+        A tensor or array is a batch of inputs and runs in pieces; a tuple is the positional arguments of one pass, a
+        dict its keyword arguments. Anything else is iterated and gives one batch each: a tensor, a dict, or a tuple or
+        list such as (x, y), of which only as many elements are used as `forward` requires, so labels are left out.
+    """
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    place = _Place(first.device if first is not None else torch.device("cpu"),
+                   first.dtype if first is not None else torch.float32)
+    n_batches = 0
+    for args, kwargs in _arguments(model, calibration):
+        n_batches += 1
+        yield tuple(place(a) for a in args), {k: place(v) for k, v in kwargs.items()}
+    if not n_batches:
+        raise ValueError("calibration holds no inputs")
+
+
+def _arguments(model, calibration):
+    if isinstance(calibration, (torch.Tensor, np.ndarray)):
+        inputs = torch.as_tensor(calibration)
+        if inputs.dim() == 0:
+            raise ValueError("calibration must be a batch of inputs, got a scalar")
+        yield from (((piece,), {}) for piece in (inputs.split(BATCH) if len(inputs) else ()))
+    elif isinstance(calibration, tuple):
+        yield calibration, {}
+    elif isinstance(calibration, Mapping):
+        yield (), dict(calibration)
+    elif isinstance(calibration, Iterable) and not isinstance(calibration, (str, bytes)):
+        n_required = _n_required_inputs(model)
+        for batch in calibration:
+            if isinstance(batch, Mapping):
+                yield (), dict(batch)
+            elif isinstance(batch, (tuple, list)):
+                yield tuple(batch[:n_required]), {}
+            else:
+                yield (batch,), {}
+    else:
+        raise TypeError("calibration must be a tensor, a tuple or dict of inputs, or an iterable of batches, "
+                        f"got {type(calibration).__name__}")
+
+
+def _n_required_inputs(model: nn.Module) -> int:
+    """Positional arguments that forward cannot do without, at least one."""
+    parameters = inspect.signature(unwrap(model).forward).parameters.values()
+    return max(1, sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+                      for p in parameters))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Moves one input to the model's device, floats to its dtype."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            value = torch.as_tensor(value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(self.device, self.dtype if value.is_floating_point() else None)
+
+
+# --------------------------------------------------------------------------------------------- inputs of one layer
+def input_vectors(module: nn.Module, *args: Any, parameter: str = "weight", **kwargs: Any) -> Iterator[torch.Tensor]:
+    """Input vectors (g, n, d) of a layer for given arguments of its `forward`, in pieces of bounded size."""
+    vectors = _vectors_of(module)
+    if vectors is None:
+        raise TypeError(f"the inputs of {type(module).__name__} are not known to calibration; "
+                        "tell it by register_input_vectors")
+    return vectors(module, args, kwargs, parameter)
+
+
+def _vectors_of(module: nn.Module) -> InputVectors | None:
+    for cls in type(module).__mro__:
+        if cls in _VECTORS:
+            return _VECTORS[cls]
+    return _linear_vectors if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else None
+
+
+def _argument(args: tuple, kwargs: dict, position: int, name: str) -> torch.Tensor:
+    return args[position] if len(args) > position else kwargs[name]
+
+
+def _linear_vectors(module, args, kwargs, parameter):
+    u = args[0] if args else next(iter(kwargs.values()))
+    u = u.reshape(1, -1, u.shape[-1])
+    yield from u.split(max(1, CHUNK // u.shape[-1]), dim=1)
+
+
+def _bilinear_vectors(module, args, kwargs, parameter):
+    """y_o = Σ W[o,i,j] a_i b_j: the input vector is the outer product a ⊗ b."""
+    a = _argument(args, kwargs, 0, "input1").reshape(-1, module.in1_features)
+    b = _argument(args, kwargs, 1, "input2").reshape(-1, module.in2_features)
+    step = max(1, CHUNK // (a.shape[1] * b.shape[1]))
+    for i in range(0, len(a), step):
+        yield torch.einsum("ni,nj->nij", a[i : i + step], b[i : i + step]).flatten(1)[None]
+
+
+def _attention_vectors(module, args, kwargs, parameter):
+    """Rows of `in_proj_weight` are three blocks that read query, key and value."""
+    names = ("query", "key", "value")
+    inputs = [_argument(args, kwargs, i, n) for i, n in enumerate(names)]
+    if parameter != "in_proj_weight":
+        inputs = [inputs[names.index({"q": "query", "k": "key", "v": "value"}[parameter[0]])]]
+    elif inputs[0] is inputs[1] is inputs[2]:
+        inputs = inputs[:1]
+    flat = [u.reshape(-1, u.shape[-1]) for u in inputs]
+    longest = max(map(len, flat))
+    # keys may be more or fewer than queries: rows of zeros and a scale keep the mean of u uᵀ of each block
+    yield torch.stack([F.pad(u * math.sqrt(longest / len(u)), (0, 0, 0, longest - len(u))) for u in flat])
+
+
+def _rows_looked_up(module, args, kwargs, parameter):
+    yield args[0] if args else kwargs["input"]
+
+
+def _convolution_vectors(module, args, kwargs, parameter):
+    """Patches of the padded input, one vector (c_in/g, *kernel) per output position."""
+    x = _batched(args[0] if args else kwargs["input"], module)
+    padding = _padding_of_convolution(module)
+    for piece in _pieces(x, module, math.prod(_output_size(x, module, padding))):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        padded = F.pad(piece, _pad_argument(padding), mode=mode)
+        yield _windows(padded, module.kernel_size, module.stride, module.dilation, module.groups)
+
+
+def _transposed_convolution_vectors(module, args, kwargs, parameter):
+    """A transposed convolution is a convolution, with the kernel turned round, of a stretched input.
+
+    The input gets stride − 1 zeros between its elements, and a padding of dilation (kernel − 1) − padding (negative:
+    cropped) on both sides and of `output_padding` more at the end.
+    """
+    x = _batched(args[0] if args else kwargs["input"], module)
+    reach = [d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+    padding = [(r - p, r - p + o) for r, p, o in zip(reach, module.padding, module.output_padding, strict=True)]
+    stretched = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], module.stride, strict=True)]
+    n_positions = math.prod(n + a + b - r for n, (a, b), r in zip(stretched, padding, reach, strict=True))
+    for piece in _pieces(x, module, n_positions):
+        spread = piece.new_zeros(*piece.shape[:2], *stretched)
+        spread[(..., *(slice(None, None, s) for s in module.stride))] = piece
+        padded = F.pad(spread, _pad_argument(padding))
+        ones = (1,) * len(stretched)
+        yield _windows(padded, module.kernel_size, ones, module.dilation, module.groups, turned=True)
+
+
+def _batched(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    return x if x.dim() == len(module.kernel_size) + 2 else x[None]
+
+
+def _padding_of_convolution(module: nn.Module) -> list[tuple[int, int]]:
+    """(before, after) of every spatial axis; 'same' puts the odd one after."""
+    if module.padding == "valid":
+        return [(0, 0)] * len(module.kernel_size)
+    if module.padding == "same":
+        reach = [d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+        return [(r // 2, r - r // 2) for r in reach]
+    return [(p, p) for p in module.padding]
+
+
+def _pad_argument(padding: list[tuple[int, int]]) -> list[int]:
+    """`F.pad` wants the last axis first."""
+    return [n for pair in reversed(padding) for n in pair]
+
+
+def _output_size(x, module, padding):
+    sizes = zip(x.shape[2:], padding, module.kernel_size, module.stride, module.dilation, strict=True)
+    return [(n + a + b - d * (k - 1) - 1) // s + 1 for n, (a, b), k, s, d in sizes]
+
+
+def _pieces(x: torch.Tensor, module: nn.Module, n_positions: int) -> Iterable[torch.Tensor]:
+    """Pieces of the batch whose unfolded inputs hold at most CHUNK elements (one image at least)."""
+    per_image = max(1, x.shape[1] * math.prod(module.kernel_size) * n_positions)
+    return x.split(max(1, CHUNK // per_image))
+
+
+def _windows(x, kernel_size, stride, dilation, groups, turned=False):
+    """Windows of x (N, C, *size) as vectors (g, N * positions, C/g * prod(kernel))."""
+    n_axes = len(kernel_size)
+    for axis, (k, s, d) in enumerate(zip(kernel_size, stride, dilation, strict=True), start=2):
+        x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+    if turned:
+        x = x.flip(tuple(range(-n_axes, 0)))
+    n, c = x.shape[:2]
+    x = x.reshape(n, groups, c // groups, -1, math.prod(kernel_size))  # (N, g, C/g, positions, prod(kernel))
+    return x.permute(1, 0, 3, 2, 4).reshape(groups, -1, c // groups * math.prod(kernel_size))
+
+
+for _type in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    register_input_vectors(_type, _convolution_vectors)
+for _type in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+    register_input_vectors(_type, _transposed_convolution_vectors)
+for _type in (nn.Embedding, nn.EmbeddingBag):
+    register_input_vectors(_type, _rows_looked_up)
+register_input_vectors(nn.Linear, _linear_vectors)
+register_input_vectors(nn.Bilinear, _bilinear_vectors)
+register_input_vectors(nn.MultiheadAttention, _attention_vectors)
