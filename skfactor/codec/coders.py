@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from skfactor.codec import ans, bitpack, huffman
+from skfactor.codec import ans, bitpack, context, huffman
 from skfactor.codec.lossless import decode_bytes, encode_bytes
 from skfactor.exceptions import FormatError
 
@@ -23,7 +23,7 @@ __all__ = [
     "encode_codes",
 ]
 
-CODERS = ("constant", "packed", "huffman", "ans", "sparse", "bytes")
+CODERS = ("constant", "packed", "huffman", "ans", "context", "sparse", "bytes")
 MAX_SYMBOLS = 1 << 31
 FAST_ABOVE = 1 << 23  # codes; 'auto' leaves the slow coders out above it
 _SLOW = ("context", "bytes")
@@ -88,6 +88,26 @@ def _encode_ans(flat, problem):
 
 def _decode_ans(data, problem):
     return ans.decode(data, problem.size, problem.n_symbols)
+
+
+def _encode_context(flat, problem):
+    if not 2 <= problem.n_symbols <= context.MAX_SYMBOLS:
+        return None
+    zero, head = problem.zero, b""
+    if zero is None:
+        zero = int(np.bincount(flat).argmax())
+        head = zero.to_bytes(2, "little")
+    codes = flat.reshape(problem.shape)
+    return head + context.encode(codes, problem.n_symbols, zero, problem.kernel)
+
+
+def _decode_context(data, problem):
+    zero = problem.zero
+    if zero is None:
+        if len(data) < 2:
+            raise FormatError("context-coded stream ends early")
+        zero, data = _checked_symbol(int.from_bytes(data[:2], "little"), problem), data[2:]
+    return context.decode(data, problem.shape, problem.n_symbols, zero, problem.kernel).reshape(-1)
 
 
 def _encode_sparse(flat, problem):
@@ -187,6 +207,7 @@ _CODECS = {
     "packed": (_encode_packed, _decode_packed),
     "huffman": (_encode_huffman, _decode_huffman),
     "ans": (_encode_ans, _decode_ans),
+    "context": (_encode_context, _decode_context),
     "sparse": (_encode_sparse, _decode_sparse),
     "bytes": (_encode_bytes_coder, _decode_bytes_coder),
 }
@@ -344,7 +365,7 @@ def coded_sizes(codes, n_symbols, *, zero=None, kernel=1) -> dict[str, int]:
     Examples
     --------
     >>> sorted(coded_sizes(np.array([[0, 1, 1, 2]]), 3, zero=1))
-    ['ans', 'bytes', 'huffman', 'packed', 'sparse']
+    ['ans', 'bytes', 'context', 'huffman', 'packed', 'sparse']
     """
     codes = np.asarray(codes)
     problem = _problem(codes.shape, n_symbols, zero, kernel, ValueError)
