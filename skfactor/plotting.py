@@ -276,7 +276,7 @@ class CodebookDisplay:
         ax.set_xlabel("value of the weight")
         ax.set_ylabel("weights per bin")
         _tidy(ax)
-        ax.legend(frameon=False, loc="upper right")
+        ax.legend(loc="upper right", facecolor="white", edgecolor="none", framealpha=0.9)
         return self
 
 
