@@ -17,38 +17,38 @@ def bits_of(array: np.ndarray) -> np.ndarray:
 
 
 def grid_values(k0: int, step: np.floating, n: int, dtype) -> np.ndarray:
-    """`fl(step * k)` for k = k0, ..., k0 + n - 1, multiplied in float64 and rounded once to `dtype`."""
-    with np.errstate(over="ignore"):
+    """`fl(step * k)` for k = k0, ..., k0 + n - 1, computed in float64 and rounded once to `dtype`."""
+    with np.errstate(over="ignore", invalid="ignore"):
         return (np.float64(step) * (k0 + np.arange(n, dtype=np.float64))).astype(dtype)
 
 
-def line_values(first: np.floating, last: np.floating, n: int, dtype) -> np.ndarray:
-    """`n` values from `first` to `last`, both exact: `fl(first + k * ((last - first) / (n - 1)))`."""
-    with np.errstate(over="ignore"):
-        step = (np.float64(last) - np.float64(first)) / (n - 1)
-        values = (np.float64(first) + step * np.arange(n, dtype=np.float64)).astype(dtype)
-    values[-1] = last
-    return values
+def line_values(first: np.floating, step: np.floating, n: int, dtype) -> np.ndarray:
+    """`fl(first + step * k)` for k = 0, ..., n - 1, computed in float64 and rounded once to `dtype`."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (np.float64(first) + np.float64(step) * np.arange(n, dtype=np.float64)).astype(dtype)
 
 
-def _steps(values: np.ndarray, k: np.ndarray, dtype: np.dtype):
-    """Candidates for the step b of `values = fl(b * k)`: float32 ones first, they are stored in half the bytes."""
-    if dtype == np.float32:
-        # b * k must lie in the rounding interval of every value: intersect the intervals over k
-        narrow = values.astype(np.float32)
-        below = (values + np.nextafter(narrow, np.float32(-np.inf)).astype(np.float64)) / 2
-        above = (values + np.nextafter(narrow, np.float32(np.inf)).astype(np.float64)) / 2
-        on = k != 0
-        lower = np.minimum(below[on] / k[on], above[on] / k[on]).max()
-        upper = np.maximum(below[on] / k[on], above[on] / k[on]).min()
-        middle = np.float64((lower + upper) / 2)
+def _steps(flat: np.ndarray, k: np.ndarray, offset: np.float64):
+    """Candidates for the step b of `flat = fl(offset + b * k)`; float32 ones first, they cost half the bytes."""
+    values = flat.astype(np.float64) - offset
+    on = k != 0
+    if flat.dtype == np.float32:
+        # offset + b * k must lie in the rounding interval of every value: intersect the intervals of b over k
+        below = (flat.astype(np.float64) + np.nextafter(flat, np.float32(-np.inf)).astype(np.float64)) / 2 - offset
+        above = (flat.astype(np.float64) + np.nextafter(flat, np.float32(np.inf)).astype(np.float64)) / 2 - offset
+        one_end, other_end = below[on] / k[on], above[on] / k[on]
+        middle = np.float64((np.minimum(one_end, other_end).max() + np.maximum(one_end, other_end).min()) / 2)
         single = np.float32(middle)
         yield from (single, np.nextafter(single, np.float32(0)), np.nextafter(single, np.float32(np.inf)), middle)
-    at_one = values[np.abs(k) == 1]
-    if len(at_one):
-        yield np.float64(at_one[-1])
+    far = np.abs(k).argmax()
     yield np.float64((values[-1] - values[0]) / (len(values) - 1))
-    yield np.float64(values[np.abs(k).argmax()] / k[np.abs(k).argmax()])
+    yield np.float64(values[far] / k[far])
+    near = np.abs(np.where(on, k, np.inf)).argmin()
+    yield np.float64(values[near] / k[near])
+
+
+def _searchable(flat: np.ndarray) -> bool:
+    return len(flat) >= 3 and flat.dtype in (np.float32, np.float64) and bool(np.isfinite(flat).all())
 
 
 def find_grid(array: np.ndarray) -> tuple[int, np.floating] | None:
@@ -64,35 +64,41 @@ def find_grid(array: np.ndarray) -> tuple[int, np.floating] | None:
     (-3, True)
     """
     flat = array.reshape(-1)
-    if len(flat) < 3 or flat.dtype not in (np.float32, np.float64) or not np.isfinite(flat).all():
+    if not _searchable(flat):
         return None
-    values = flat.astype(np.float64)
     with np.errstate(all="ignore"):
-        step = (values[-1] - values[0]) / (len(values) - 1)
-        if not np.isfinite(step) or step == 0 or abs(values[0] / step) > _MAX_MULTIPLE:
+        first = np.float64(flat[0])
+        step = (np.float64(flat[-1]) - first) / (len(flat) - 1)
+        if not np.isfinite(step) or step == 0 or abs(first / step) > _MAX_MULTIPLE:
             return None
-        k0 = round(float(values[0] / step))
-        k = k0 + np.arange(len(values), dtype=np.float64)
-        if np.abs(values - step * k).max() > 0.01 * abs(step):
+        k0 = round(float(first / step))
+        k = k0 + np.arange(len(flat), dtype=np.float64)
+        if np.abs(flat - step * k).max() > 0.01 * abs(step):
             return None
-        target = bits_of(flat)
-        for candidate in _steps(values, k, flat.dtype):
-            if np.isfinite(candidate) and (bits_of(grid_values(k0, candidate, len(flat), flat.dtype)) == target).all():
+        for candidate in _steps(flat, k, np.float64(0)):
+            if (bits_of(grid_values(k0, candidate, len(flat), flat.dtype)) == bits_of(flat)).all():
                 return k0, candidate
     return None
 
 
 def find_line(array: np.ndarray) -> tuple[np.floating, np.floating] | None:
-    """Return `(first, last)` with `array.ravel() == line_values(first, last, n, dtype)` bit for bit, or None.
+    """Return `(first, step)` with `array.ravel() == line_values(first, step, n, dtype)` bit for bit, or None.
 
     Examples
     --------
-    >>> find_line(np.linspace(-1, 2.5, 9, dtype=np.float32)) is None
-    False
+    >>> find_line(np.linspace(-1, 2.5, 9, dtype=np.float32))
+    (np.float32(-1.0), np.float32(0.4375))
     """
     flat = array.reshape(-1)
-    if len(flat) < 4 or flat.dtype not in (np.float32, np.float64) or not np.isfinite(flat).all():
+    if not _searchable(flat) or len(flat) < 4:
         return None
     with np.errstate(all="ignore"):
-        same = (bits_of(line_values(flat[0], flat[-1], len(flat), flat.dtype)) == bits_of(flat)).all()
-    return (flat[0], flat[-1]) if same else None
+        first = np.float64(flat[0])
+        k = np.arange(len(flat), dtype=np.float64)
+        step = (np.float64(flat[-1]) - first) / k[-1]
+        if np.abs(flat - (first + step * k)).max() > 0.01 * abs(step):
+            return None
+        for candidate in _steps(flat, k, first):
+            if (bits_of(line_values(flat[0], candidate, len(flat), flat.dtype)) == bits_of(flat)).all():
+                return flat[0], candidate
+    return None

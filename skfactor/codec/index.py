@@ -28,7 +28,7 @@ _LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "l
 #: Text that deflate may refer back to; part of format version 1 and never to be changed. Likely text stands last.
 DICTIONARY = (
     b'"float8_e4m3fn""float8_e5m2""complex64""uint64""uint32""uint16""int16""int8""uint8""int32""bool""bfloat16"'
-    b'"float64""<u8""<u4""<u2""<i2""|i1""|b1""<f2""<i8""<i4","line","grid",0,"<f8"],"ints",0,0,[0,0,0,0]'
+    b'"float64""<u8""<u4""<u2""<i2""|i1""|b1""<f2""<i8""<i4","line","<f8"],"grid",0,"<f8"],"ints",0,0,[0,0,0,0]'
     b'"granularity":"row""column""group","group_size":0,"dtype":"float64"},"coder":"huffman","constant","packed",'
     b'"context","sparse","layout":[0,[0,0,0],[0,0,0,0,0],[0,0,0,0,0],[]],["identity",{},{}],"metadata":{"format":"pt"},'
     b'".embed_tokens.weight","transformer.h.0.attn.c_attn.weight","model.layers.0.self_attn.q_proj.weight",'

@@ -36,7 +36,7 @@ __all__ = [
 
 SMALL_BYTES = 1 << 16  # arrays below share a stream with those of other tensors
 PACK_BYTES = 1 << 20  # a shared stream is closed once it holds this much
-CHUNK_BYTES = 1 << 22  # larger payload is coded in pieces, which bounds the coder's working memory
+CHUNK_BYTES = 1 << 20  # larger payload is coded in pieces, which bounds the coder's working memory
 CHUNK_CODES = 1 << 21
 MAX_RANGE = 1 << 16  # integer codes without hints that span more are stored as plain integers
 _DTYPES = {np.dtype(host).str for _, host in DTYPES.values()}
@@ -238,7 +238,8 @@ def _store_array(array: np.ndarray, kernel: int = 1) -> _Stored:
             k0, step = grid
             return _Stored(["grid", k0, step.dtype.str], [], [np.array([step])])
         if (line := find_line(flat)) is not None:
-            return _Stored(["line"], [], [np.array(line)])
+            first, step = line
+            return _Stored(["line", step.dtype.str], [], [np.array([first]), np.array([step])])
     masked = _store_masked(array, kernel) if flat.dtype.kind == "f" else None
     small = flat.nbytes < SMALL_BYTES
     if masked is not None:
@@ -265,7 +266,7 @@ def _store_codes(tensor: CompressedTensor, kernel: int) -> _Stored:
             matrix, hints["n_symbols"], coder=tensor.coder, zero=hints.get("zero"), kernel=kernel)
         return _Stored(["codes", names], streams, [])
     low, high = int(codes.min()), int(codes.max())
-    if high - low >= MAX_RANGE:
+    if high - low >= MAX_RANGE or abs(low) > _MAX_SIZE:
         return _store_array(codes, kernel)
     unsigned = f"<u{codes.dtype.itemsize}"  # differences modulo 2**bits: int8 codes may span 255
     shifted = matrix.view(unsigned) - np.array(low, dtype=matrix.dtype).view(unsigned)
@@ -317,9 +318,10 @@ def _plan_array(how: Any, dtype: Any, shape: tuple[int, ...], what: str, *, code
             return Plan(0, [(dtype, count)], size)
         case "const", [] if count > 1:
             return Plan(0, [(dtype, 1)], size)
-        case "line", [] if count > 1 and dtype in ("<f4", "<f8"):
-            return Plan(0, [(dtype, 2)], size)
-        case "grid", [k0, ("<f4" | "<f8") as step] if dtype in ("<f4", "<f8") and _is_int(k0, -(1 << 23), 1 << 23):
+        case "line", [("<f4" | "<f8") as step] if dtype in ("<f4", "<f8") and count:
+            return Plan(0, [(dtype, 1), (step, 1)], size)
+        case "grid", [k0, ("<f4" | "<f8") as step] if (
+                dtype in ("<f4", "<f8") and count and _is_int(k0, -(1 << 23), 1 << 23)):
             return Plan(0, [(step, 1)], size)
         case "bytes", [names] if count:
             return Plan(coders(names, _n_chunks(size)), [], size)
@@ -330,7 +332,7 @@ def _plan_array(how: Any, dtype: Any, shape: tuple[int, ...], what: str, *, code
             return Plan(coders(names, _n_row_chunks(_matrix_shape(shape))), [], size)
         case "ints", [low, n_symbols, names] if codes and kind in "iu" and count:
             info = np.iinfo(dtype)
-            if not (_is_int(low, info.min, info.max) and _is_int(n_symbols, 1, MAX_RANGE)
+            if not (_is_int(low, max(info.min, -_MAX_SIZE)) and _is_int(n_symbols, 1, MAX_RANGE)
                     and low + n_symbols - 1 <= info.max):
                 raise FormatError(f"{what}: {n_symbols!r:.40} integers from {low!r:.40} do not fit {dtype}")
             return Plan(coders(names, _n_row_chunks(_matrix_shape(shape))), [], size)
@@ -371,7 +373,8 @@ def _load_array(how, dtype, shape, source: Source, kernel: int, hints: dict[str,
     elif tag == "grid":
         flat = grid_values(args[0], source.small(args[1], 1)[0], count, dtype)
     elif tag == "line":
-        flat = line_values(*source.small(dtype, 2), count, dtype)
+        first = source.small(dtype, 1)[0]
+        flat = line_values(first, source.small(args[0], 1)[0], count, dtype)
     elif tag == "bytes":
         flat = _load_bytes(args[0], dtype, count, source)
     elif tag == "mask":
