@@ -3,8 +3,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import numpy as np
 
-from skfactor.solvers._optimal1d import check_samples, compander_borders, prepare
+from skfactor.solvers._optimal1d import check_samples, prepare
 from skfactor.solvers._prefix import cell_means, interval_inertia, sums_at
+from skfactor.solvers._windows1d import compander_borders
 
 _PER_CELL = 16  # candidate borders per cell of the largest codebook
 _HALF = 6  # half width of the window in which a layer looks for its last border

@@ -180,7 +180,7 @@ def entropy_kmeans_1d(x, n_clusters, *, entropy_weight, weights=None, max_iter=5
 
 def _starts(data, optimum, n_clusters, price):
     """Starting codebooks: the k-means optimum, and uniform steps (at most ``n_clusters`` of them)."""
-    optimum, borders, _ = optimal_borders(optimum, n_clusters)
+    optimum, borders, _, _ = optimal_borders(optimum, n_clusters)
     yield cell_means(optimum, borders) + (optimum.shift - data.shift)
     low, high = float(data.x[0]), float(data.x[-1])
     if price == 0 or low == high or n_clusters == 1:

@@ -8,8 +8,9 @@ References
 # SPDX-License-Identifier: BSD-3-Clause
 import numpy as np
 
-from skfactor.solvers._optimal1d import KMeans1DResult, check_samples, cut, prepare
+from skfactor.solvers._optimal1d import KMeans1DResult, check_samples, prepare
 from skfactor.solvers._prefix import interval_inertia, sums_at
+from skfactor.solvers._windows1d import cut
 
 INIT_METHODS = ("linear", "density", "random")
 

@@ -18,16 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from skfactor.solvers._assign1d import round_down
-from skfactor.solvers._prefix import (
-    build_prefix,
-    cell_means,
-    has_heavy_duplicates,
-    interval_inertia,
-    merge_duplicates,
-    sort_samples,
-    sums_at,
-)
+from skfactor.solvers._chain1d import best_chain
+from skfactor.solvers._prefix import build_prefix, has_heavy_duplicates, merge_duplicates, sort_samples, sums_at
+from skfactor.solvers._windows1d import compander_borders, distinct, refine, settle
+
+_EXACT, _MIN_EXACT = 192, 4096  # samples per cell, samples: the exact chain is also the fastest way
+_GRID, _MIN_GRID = 64, 1024  # coarse samples per cell, and in all
+_GRID_ROUGH, _ROUGH = 128, 1 << 18  # the same while sampling noise makes the objective rough
 
 
 class KMeans1DResult(NamedTuple):
@@ -118,14 +115,10 @@ def kmeans_1d(x, n_clusters, *, weights=None, certify=False):
     """
     x, weights = check_samples(x, weights, n_clusters)
     data, exponent = prepare(x, weights)
-    data, borders, n_iter = optimal_borders(data, n_clusters)
-    if certify:
-        from skfactor.solvers._certify1d import certify_borders
-
-        data, borders, bound, passes = certify_borders(data, borders)
+    data, borders, bound, n_iter = optimal_borders(data, n_clusters)
+    if certify and bound == 0.0:
+        data, borders, bound, passes = _certified(data, borders)
         n_iter += passes
-    else:
-        bound = 0.0
     centers, inertia, _ = settle(data, borders)
     bound = min(bound, inertia)
     scale = 2.0**exponent
@@ -133,192 +126,59 @@ def kmeans_1d(x, n_clusters, *, weights=None, certify=False):
 
 
 def optimal_borders(data, n_clusters):
-    """Borders (k + 1,) of the optimal intervals, ``borders[0] = 0`` and ``borders[-1] = n``."""
-    if data.size <= 4 * n_clusters or n_clusters > data.size // 8:
+    """Borders (k + 1,) of the optimal intervals, ``borders[0] = 0`` and ``borders[-1] = n``.
+
+    Returns ``(data, borders, lower_bound or 0, n_iter)``; ``data`` may have its equal values merged.
+    """
+    exact = max(_EXACT * n_clusters, _MIN_EXACT)
+    if data.size <= exact:
         data = distinct(data)
     n = data.size
-    if n_clusters >= n:
-        n_distinct = n if data.w is not None else 1 + np.count_nonzero(data.x[1:] != data.x[:-1])
-        if n_distinct == n:
-            return data, np.arange(n + 1), 1
     if n_clusters == 1:
-        return data, np.array([0, n]), 1
-    borders, n_iter = _refine(data, compander_borders(data, n_clusters))
+        borders = np.array([0, n])
+        return data, borders, settle(data, borders)[1], 1
+    if n <= exact:
+        return _exact_borders(data, n_clusters)
+    per_cell = _GRID_ROUGH if n <= _ROUGH else _GRID
+    grid = compander_borders(data, max(_MIN_GRID, per_cell * n_clusters))
+    _, borders, inertia, n_iter = _exact_borders(_coarse(data, grid), n_clusters)
+    borders, n_moves = refine(data, grid[borders], inertia)
     inner = borders[1:-1]
     if (data.x[inner - 1] == data.x[inner]).any():
         # A border inside a run of equal values cannot leave it by short moves: merge the runs.
-        merged = distinct(data)
-        if n_clusters >= merged.size:
-            return merged, np.arange(merged.size + 1), n_iter
-        borders = np.searchsorted(merged.x, data.x[borders[:-1]])
-        borders = _spread(np.append(borders, merged.size))
-        data = merged
-        borders, more = _refine(data, borders)
-        n_iter += more
-    return data, borders, n_iter
+        return optimal_borders(distinct(data), n_clusters)
+    return data, borders, 0.0, n_iter + n_moves
 
 
-def distinct(data):
-    """``data`` with equal values merged."""
-    if not (data.x[1:] == data.x[:-1]).any():
-        return data
-    x, w = merge_duplicates(data.x, data.w)
-    return build_prefix(x, w, data.shift)
-
-
-def _spread(borders):
-    """Nearest strictly increasing borders: every cell holds a sample."""
-    k = np.arange(borders.size)
-    n = borders[-1]
-    inner = np.maximum.accumulate(borders - k) + k
-    inner = np.minimum(inner, n - (borders.size - 1 - k))
-    inner[0] = 0
-    return inner
-
-
-def _knots(n):
-    """Positions 0..n: dense at both ends (an outlier may deserve a cell), then growing, then evenly spaced."""
-    if n <= 4096:
-        return np.arange(n + 1)
-    step = n / 4096
-    edge = [np.arange(33)]
-    at, width = 33.0, 1.0
-    while width < step and at < n / 4:
-        edge.append([int(at)])
-        width *= 1.15
-        at += width
-    edge = np.concatenate(edge)
-    return np.unique(np.concatenate((edge, np.linspace(edge[-1], n - edge[-1], 4096).astype(np.intp), n - edge)))
-
-
-def compander_borders(data, n_clusters):
-    """Starting borders, equally spaced in the compander coordinate ``integral of density^(1/3)`` [2]_."""
+def _exact_borders(data, n_clusters):
+    """Proven optimum over distinct samples."""
     n = data.size
-    knots = _knots(n)
-    x = data.x[np.minimum(knots, n - 1)].astype(np.float64)
-    mass = np.diff(knots).astype(np.float64) if data.t is None else np.diff(sums_at(data, knots)[1])
-    room = np.diff(knots).astype(np.float64)  # borders that fit between two knots
-    g = np.cbrt(mass * np.diff(x) ** 2)
-    for _ in range(30):
-        # A gap between two samples takes one border, however wide it is.
-        cap = room * (g.sum() / n_clusters)
-        if (g <= cap * 1.01).all():
-            break
-        g = np.minimum(g, cap)
-    coordinate = np.concatenate(([0.0], np.cumsum(g)))
-    at = np.interp(np.arange(n_clusters + 1) * (coordinate[-1] / n_clusters), coordinate, knots)
-    at[0], at[-1] = 0, n
-    return _spread(np.rint(at).astype(np.intp))
+    if n_clusters >= n:
+        return data, np.arange(n + 1), 0.0, 1
+    borders = compander_borders(data, n_clusters)
+    inertia = settle(data, borders)[1]
+    borders, bound, n_iter = best_chain(data, n_clusters, 1.8 * inertia / n_clusters)
+    return data, borders, bound, n_iter
 
 
-def _refine(data, borders):
-    """Joint moves of all borders over ever finer windows, until no border moves."""
-    cells = borders.size - 1
-    widest = np.diff(borders).max()
-    n_iter = 0
-    levels, tau = [(1 / 16, 16, 12)], 1 / 16
-    while True:
-        tau /= 2
-        levels.append((tau, 16, 6))
-        if tau * widest <= 1:
-            break
-    for tau, half, repeats in levels:
-        last = tau == levels[-1][0]
-        for _ in range(4 * repeats if last else repeats):
-            n_iter += 1
-            positions = _window(borders, tau, half)
-            choice = _joint_move(data, borders, positions)
-            moved = positions[np.arange(cells - 1), choice]
-            changed = not np.array_equal(moved, borders[1:-1])
-            borders = np.concatenate(([0], moved, [data.size]))
-            if not changed or (not last and np.abs(choice - half).max() < half):
-                break
-    return borders, n_iter
+def _coarse(data, grid):
+    """One weighted sample per grid cell: its mean."""
+    s, t = sums_at(data, grid)
+    weight = np.diff(t)
+    return build_prefix(data.origin + np.diff(s) / weight, weight, data.shift)
 
 
-def _window(borders, tau, half):
-    """Candidate positions (K - 1, 2 * half + 1) of the inner borders: steps of ``tau`` cells, at least one sample."""
-    cells, n = borders.size - 1, borders[-1]
-    step = np.arange(-half, half + 1)
-    k = np.arange(1, cells)
-    if half * tau <= 1:
-        sizes = np.diff(borders)
-        shift = np.where(step < 0, sizes[:-1, None], sizes[1:, None]) * (tau * step)
-    else:
-        shift = np.interp(k[:, None] + tau * step, np.arange(cells + 1), borders) - borders[1:-1, None]
-    shift = np.where(step < 0, np.minimum(np.rint(shift), step), np.maximum(np.rint(shift), step)).astype(np.intp)
-    shift[:, half] = 0
-    positions = borders[1:-1, None] + shift
-    np.clip(positions, k[:, None], (n - cells + k)[:, None], out=positions)
-    return positions
-
-
-def _joint_move(data, borders, positions):
-    """Best combination of one position per border, by dynamic programming; returns the chosen columns.
-
-    With cell means ``r_k``, moving border k by samples of weight ``c`` and sum ``d`` (about the midpoint of its two
-    means, half distance h) changes the cost against fixed means by ``4 h d``; refitting the means then
-    gains ``s^2 / t`` per cell, s being its new sum about its old mean. Every term is local to a border, so nothing
-    cancels even beside an outlier or between distant groups of samples.
-    """
-    s_border, t_border = sums_at(data, borders)
-    t_cell = np.diff(t_border)
-    mean = np.diff(s_border) / t_cell
-    half = np.diff(mean) / 2
-    middle = mean[:-1] + half
-    s, t = sums_at(data, positions)
-    c = t - t_border[1:-1, None]
-    d = s - s_border[1:-1, None] - middle[:, None] * c
-    shift = half[:, None] * c
-    into_left, out_of_right = d + shift, d - shift
-    penalty = 4 * half[:, None] * d
-    n_inner, width = positions.shape
-    first = into_left[0] ** 2 / (t_cell[0] + c[0])
-    scores = np.empty((n_inner, width))
-    scores[0] = first - penalty[0]
-    last = out_of_right[-1] ** 2 / (t_cell[-1] - c[-1])
-    gains = []
-    batch = max(1, (1 << 16) // (width * width))
-    table = np.empty((width, width))
-    for lo in range(1, n_inner, batch):
-        hi = min(lo + batch, n_inner)
-        gain = into_left[lo:hi, None, :] - out_of_right[lo - 1 : hi - 1, :, None]
-        weight = (t_cell[lo:hi, None] + c[lo:hi])[:, None, :] - c[lo - 1 : hi - 1, :, None]
-        if (positions[lo - 1 : hi - 1].max(axis=1) >= positions[lo:hi].min(axis=1)).any():
-            empty = positions[lo - 1 : hi - 1, :, None] >= positions[lo:hi, None, :]
-            weight[empty] = 1.0
-            np.square(gain, out=gain)
-            gain /= weight
-            gain[empty] = -np.inf
-        else:
-            np.square(gain, out=gain)
-            gain /= weight
-        gain -= penalty[lo:hi, None, :]
-        gains.append(gain)
-        for k in range(lo, hi):
-            np.add(gain[k - lo], scores[k - 1][:, None], out=table)
-            np.max(table, axis=0, out=scores[k])
-    choice = np.empty(n_inner, dtype=np.intp)
-    choice[-1] = np.argmax(scores[-1] + last)
-    for k in range(n_inner - 1, 0, -1):
-        gain = gains[(k - 1) // batch][(k - 1) % batch]
-        choice[k - 1] = np.argmax(scores[k - 1] + gain[:, choice[k]])
-    return choice
-
-
-def settle(data, borders):
-    """Centres and inertia of a partition whose cells are the nearest-centre cells of its means."""
-    centers = cell_means(data, borders)
-    for _ in range(100):
-        nearest = cut(data.x, centers)
-        if np.array_equal(nearest, borders) or (np.diff(nearest) <= 0).any():
-            break
-        borders = nearest
-        centers = cell_means(data, borders)
-    return centers, interval_inertia(data, borders, centers), borders
-
-
-def cut(x, centers):
-    """Borders of the nearest-centre cells of sorted ``x``; a value on a midpoint belongs to the lower cell."""
-    middle = round_down((centers[:-1] + centers[1:]) / 2, x.dtype)
-    return np.concatenate(([0], np.searchsorted(x, middle, side="right"), [x.size]))
+def _certified(data, borders):
+    """Proven optimum, started from a good partition: ``(data, borders, lower_bound, n_passes)``."""
+    n_clusters = borders.size - 1
+    starts = data.x[borders[:-1]]
+    data = distinct(data)
+    borders = np.append(np.searchsorted(data.x, starts), data.size)
+    _, inertia, borders = settle(data, borders)
+    around = [settle(*optimal_borders(data, k)[:2])[1] for k in (n_clusters - 1, n_clusters + 1)]
+    # Half of what two cells more save lies inside the interval of prices that give n_clusters cells.
+    price = (around[0] - around[1]) / 2
+    best, bound, n_pass = best_chain(data, n_clusters, price, known=inertia)
+    if best is not None and settle(data, best)[1] < inertia:
+        borders = best
+    return data, borders, bound, n_pass

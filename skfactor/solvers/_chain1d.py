@@ -16,8 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from skfactor.solvers._optimal1d import distinct, optimal_borders, settle
-
 _DENSE = 1 << 14  # entries up to which a block of row minima is evaluated in full
 _ROWS = 2048  # rows of a block solved level by level; more are halved first
 _CLOSED = 1e-12  # relative gap that counts as closed
@@ -37,65 +35,50 @@ class _Chain(NamedTuple):
         return self.cost + self.price * (self.cells - n_cells)
 
 
-def certify_borders(data, borders):
-    """A proven optimal partition into as many cells, started from a good one.
+def best_chain(data, n_cells, price, known=None):
+    """Optimal partition of distinct sorted samples into ``n_cells`` cells, and its dual bound.
 
-    Returns ``(data, borders, lower_bound, n_passes)``; ``data`` has equal values merged.
+    Searches the price whose cheapest chain has ``n_cells`` cells, starting from ``price``. Stops early when the
+    bound reaches ``known``, the inertia of a partition that the caller already has.
+
+    Returns ``(borders or None, lower_bound, n_passes)``; None: the caller's partition is optimal.
     """
-    n_cells = borders.size - 1
-    if n_cells == data.size:
-        return data, borders, 0.0, 0
-    starts = data.x[borders[:-1]]
-    data = distinct(data)
-    borders = np.append(np.unique(np.searchsorted(data.x, starts)), data.size)
-    if borders.size - 1 != n_cells:
-        data, borders, _ = optimal_borders(data, n_cells)
-    _, inertia, borders = settle(data, borders)
-    if n_cells in (1, data.size):
-        return data, borders, inertia, 0
-    best, bound, price = borders, 0.0, _first_price(data, n_cells)
+    bound, n_pass = 0.0, 0
     fewer = more = None  # chains with fewer and with more cells than asked
-    expected = np.inf  # dual value at this price if no third chain is cheaper
-    n_pass = 0
-    while n_pass < 200:
-        n_pass += 1
+    while True:
         chain = _cheapest_chain(data, price)
+        n_pass += 1
         bound = max(bound, chain.bound(n_cells))
         if chain.cells == n_cells:
-            best, inertia = _better(data, best, inertia, chain.borders)
-            break
-        if inertia - bound <= _CLOSED * inertia:
-            break
-        if chain.bound(n_cells) >= expected - _CLOSED * abs(expected):
-            best, inertia = _better(data, best, inertia, _splice(fewer.borders, more.borders, n_cells))
-            break
+            return chain.borders, bound, n_pass
+        if known is not None and known - bound <= _CLOSED * known:
+            return None, bound, n_pass
+        if fewer is not None and more is not None:
+            expected = fewer.cost + price * (fewer.cells - n_cells)
+            tied = abs(expected - (more.cost + price * (more.cells - n_cells))) <= _CLOSED * abs(expected)
+            if (tied and chain.bound(n_cells) >= expected - _CLOSED * abs(expected)) or n_pass > 100:
+                return _splice(fewer.borders, more.borders, n_cells), bound, n_pass
         if chain.cells < n_cells:
             fewer = chain
         else:
             more = chain
-        if more is None:
-            price *= max((chain.cells / n_cells) ** 3, 0.1)
-        elif fewer is None:
-            price *= min((chain.cells / n_cells) ** 3, 10.0)
-        else:
-            price = (fewer.cost - more.cost) / (more.cells - fewer.cells)
-            expected = fewer.cost + price * (fewer.cells - n_cells)
-    return data, best, min(bound, inertia), n_pass
+        price = _next_price(chain, fewer, more, n_cells, n_pass)
 
 
-def _better(data, borders, inertia, other):
-    _, other_inertia, other = settle(data, other)
-    return (other, other_inertia) if other_inertia < inertia else (borders, inertia)
-
-
-def _first_price(data, n_cells):
-    """Half of what two cells more save: inside the interval of prices that give ``n_cells`` cells."""
-    around = []
-    for k in (n_cells - 1, n_cells + 1):
-        part, borders, _ = optimal_borders(data, k)
-        around.append(settle(part, borders)[1])
-    price = (around[0] - around[1]) / 2
-    return price if price > 0 else np.finfo(np.float64).tiny
+def _next_price(chain, fewer, more, n_cells, n_pass):
+    """Price expected to give ``n_cells`` cells, from a power law through the last chain or from the bracket."""
+    power = min(max(chain.price * chain.cells / max(chain.cost, 1e-300), 1.0), 8.0)
+    price = chain.price * (chain.cells / n_cells) ** (power + 1)
+    if more is None:
+        return min(price, chain.price * 0.97)
+    if fewer is None:
+        return max(price, chain.price * 1.03)
+    # Where both chains cost the same: any chain in between that is cheaper shows up here.
+    tie = (fewer.cost - more.cost) / (more.cells - fewer.cells)
+    if n_pass < 6 and more.cells - fewer.cells > 4:
+        share = np.log(n_cells / fewer.cells) / np.log(more.cells / fewer.cells)
+        return fewer.price * (more.price / fewer.price) ** share
+    return tie
 
 
 def _splice(fewer, more, n_cells):
@@ -127,7 +110,7 @@ def _cheapest_chain(data, price):
         start = int(origin[done])
         while True:
             stop = min(n, done + length)
-            q, s, t = _local_sums(data, start, stop)
+            q, s, t = _local_sums(data, start, done, stop)
             with np.errstate(divide="ignore", invalid="ignore"):
                 grown = q[done - start :] - s[done - start :] ** 2 / t[done - start :]
             if start == done:
@@ -152,10 +135,10 @@ def _cheapest_chain(data, price):
     return _Chain(borders, cost[n] - price * (borders.size - 1), price)
 
 
-def _local_sums(data, start, stop):
-    """Prefix sums of ``w y^2``, ``w y`` and ``w`` over samples start..stop, ``y`` about a value among them."""
+def _local_sums(data, start, middle, stop):
+    """Prefix sums of ``w y^2``, ``w y`` and ``w`` over samples start..stop, ``y`` about the one in the middle."""
     y = data.x[start:stop].astype(np.float64)
-    y -= y[y.size // 2]
+    y -= y[middle - start]
     q, s, t = (np.zeros(y.size + 1) for _ in range(3))
     if data.w is None:
         np.cumsum(y, out=s[1:])
