@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 from skfactor import __version__
+from skfactor.exceptions import SkfactorError
 
 __all__ = ["estimator_from_text", "main", "rules_from_recipe", "rules_from_text"]
 
@@ -267,9 +268,14 @@ def _compress(args):
     from skfactor.bridge.files import compress_file
     from skfactor.report import Report, naming_file
 
+    rules = rules or rules_from_text([DEFAULT_RULE])
     with naming_file(args.input):
-        result = compress_file(args.input, args.output, rules or rules_from_text([DEFAULT_RULE]), n_jobs=args.jobs,
-                               progress=not args.json)
+        try:
+            result = compress_file(args.input, args.output, rules, n_jobs=args.jobs, progress=not args.json)
+        except SkfactorError:
+            raise
+        except ValueError as error:  # of the rules: one that matches nothing, for example
+            raise UsageError(str(error)) from error
     report = Report.from_file(args.output, original=args.input, records=result.records)
     if args.json:
         _print_json(report.to_dict())

@@ -196,11 +196,13 @@ class Report:
         lossy = [row for row in self.rows if row.method != "lossless"]
         if any(row.relative_error is None or row.squared_norm is None for row in lossy):
             return None
+        if any(math.isinf(row.relative_error) for row in lossy):
+            return math.inf
         norm = sum(row.squared_norm for row in lossy)
         return math.sqrt(sum(row.relative_error**2 * row.squared_norm for row in lossy) / norm) if norm else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures as JSON values; the rows, the overhead and the total."""
+        """All figures as JSON values, the tensors, the overhead and the total; what is unknown or infinite is None."""
         total = self.total
         return {
             "source": self.source,
@@ -208,7 +210,7 @@ class Report:
             "tensors": [self._row_dict(row, total["bytes_after"]) for row in self.rows],
             "overhead_bytes": self.overhead,
             "ties": self.ties,
-            "total": total,
+            "total": total | {"relative_error": _finite_or_none(total["relative_error"])},
         }
 
     @staticmethod
@@ -247,11 +249,12 @@ class Report:
             raise ImportError("to_frame needs pandas, which is not installed; pip install pandas") from error
         figures = self.to_dict()
         total_bytes = figures["total"]["bytes_after"]
+        rows = [tensor | _flat_coded_bytes(tensor.pop("coded_bytes")) for tensor in figures["tensors"]]
         overhead = {
             "name": "(overhead)", "parameters": 0, "bytes_before": 0, "bytes_after": self.overhead,
             "share": self.overhead / total_bytes if total_bytes else None,
         }
-        return pd.DataFrame([*figures["tensors"], overhead]).set_index("name")
+        return pd.DataFrame([*rows, overhead]).set_index("name")
 
     def to_html(self, path: str | os.PathLike | None = None) -> str:
         """A whole HTML page with the table, also written to `path` where one is given."""
@@ -317,6 +320,11 @@ class Report:
             notes.append("fixed, Huffman, entropy and stored: bytes of the codes alone; entropy is of order 0")
         where = f"the file {self.path}" if self.source == "file" else "encoding the tensors; there is no file yet"
         return [*notes, f"bytes: from {where}"]
+
+
+def _flat_coded_bytes(coded_bytes):
+    """Columns of a data frame: codes_fixed, codes_huffman, codes_stored, codes_entropy."""
+    return {f"codes_{key.lower()}": size for key, size in (coded_bytes or {}).items()}
 
 
 def _percent(fraction):

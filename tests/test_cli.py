@@ -190,11 +190,11 @@ WRONG_USE = {
     "pattern twice": (["compress", "{source}", "-o", "{out}", "--rule", "*=kmeans", "--rule", "*=none"], "two rules"),
     "no jobs": (["compress", "{source}", "-o", "{out}", "--jobs", "0"], "--jobs"),
     "no recipe": (["compress", "{source}", "-o", "{out}", "--recipe", "nowhere.toml"], "nowhere.toml does not exist"),
+    "rule matches nothing": (["compress", "{source}", "-o", "{out}", "--rule", "conv2.weight=kmeans"],
+                             "did you mean 'conv1.weight'"),
     "seed": (["demo", "--seed", "-1"], "--seed"),
 }
 FAILS = {
-    "rule matches nothing": (["compress", "{source}", "-o", "{out}", "--rule", "conv2.weight=kmeans"],
-                             "did you mean 'conv1.weight'"),
     "layer fails": (["compress", "{source}", "-o", "{out}", "--rule", "*=kmeans:vector_size=7"], "vector_size"),
     "not a file of tensors": (["inspect", "{text}"], "text.txt"),
     "damaged file": (["decompress", "{damaged}", "-o", "{out}"], "damaged.skf"),

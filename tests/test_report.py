@@ -130,6 +130,8 @@ def test_detail_gives_sizes_of_the_codes(small, stored):
         assert coded["stored"] <= min(coded["fixed"], coded["Huffman"])
         assert coded["stored"] <= rows[name].bytes_after
     assert Report.from_file(small).rows[0].coded_bytes is None
+    frame = Report.from_file(small, detail=True).to_frame()
+    assert frame.loc["conv", "codes_huffman"] == rows["conv"].coded_bytes["Huffman"]
 
 
 def test_report_of_a_result_has_the_sizes_of_its_file(tmp_path):
@@ -182,6 +184,16 @@ def test_json_and_dict(small, dense, tmp_path):
     assert [tensor["name"] for tensor in figures["tensors"]] == [row.name for row in report.rows]
     assert sum(tensor["share"] for tensor in figures["tensors"]) + report.overhead / figures["total"]["bytes_after"] \
         == pytest.approx(1)
+
+
+def test_infinite_error_is_none_in_json(tmp_path):
+    decoder = CodebookDecoder(np.ones((1, 1, 1), np.float32))
+    with SkfWriter(tmp_path / "one.skf") as file:
+        file.add("w", CompressedTensor((decoder,), np.zeros((2, 3), np.uint8), (2, 3)))
+    save_file({"w": np.zeros((2, 3), np.float32)}, tmp_path / "zero.safetensors")
+    report = Report.from_file(tmp_path / "one.skf", original=tmp_path / "zero.safetensors")
+    assert report.total["relative_error"] == math.inf
+    assert json.loads(report.to_json())["total"]["relative_error"] is None
 
 
 def test_text_is_aligned(small, dense):
