@@ -16,8 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-_DENSE = 1 << 14  # entries up to which a block of row minima is evaluated in full
+from skfactor.solvers._prefix import cell_means, interval_inertia
+
+_DENSE = 1 << 16  # entries up to which a block of row minima is evaluated in full
 _ROWS = 2048  # rows of a block solved level by level; more are halved first
+_MIN_STEP = 16
+_AHEAD = 8  # blocks that share their prefix sums
 _CLOSED = 1e-12  # relative gap that counts as closed
 
 
@@ -105,34 +109,52 @@ def _cheapest_chain(data, price):
     cost = np.empty(n + 1)
     cost[0] = 0.0
     origin = np.zeros(n + 1, dtype=np.int64)
-    done, length = 0, 64
+    done, length = 0, _MIN_STEP
+    sums, first, limit = None, 0, 0
     while done < n:
         start = int(origin[done])
         while True:
             stop = min(n, done + length)
-            q, s, t = _local_sums(data, start, done, stop)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                grown = q[done - start :] - s[done - start :] ** 2 / t[done - start :]
-            if start == done:
-                grown[0] = 0.0
-            count = int(np.searchsorted(grown - grown[0], price, side="right")) - 1
+            if stop > limit:
+                first, limit = start, _horizon(data.x, start, done, stop)
+                sums = _local_sums(data, first, done, limit)
+            at, here = start - first, done - first
+            q, s, t = (v[at : stop - first + 1] for v in sums)
+            grown = q[here - at :] - q[0]
+            if start < done:
+                moment = s[here - at :] - s[0]
+                grown -= moment * moment / (t[here - at :] - t[0])
+            else:
+                moment = s[1:] - s[0]
+                grown[1:] -= moment * moment / (t[1:] - t[0])
+            count = int(grown.searchsorted(grown[0] + price, side="right")) - 1
             if done + count < stop or stop == n:
                 break
             length *= 2
         count = max(1, min(count, stop - done))
-        length = max(64, count + count // 2)
+        length = max(_MIN_STEP, count + count // 2)
         m = done - start
-        base = cost[start : done + 1] - q[: m + 1]
-        column, value = _row_minima(base, s, t, m, count)
+        column, value = _row_minima(cost[start : done + 1] - q[: m + 1], s, t, m, count)
         rows = slice(done + 1, done + count + 1)
-        cost[rows] = value + q[m + 1 : m + count + 1] + price
-        origin[rows] = start + column
+        value += q[m + 1 : m + count + 1]
+        value += price
+        cost[rows] = value
+        origin[rows] = column
+        origin[rows] += start
         done += count
     borders = [n]
     while borders[-1] > 0:
         borders.append(int(origin[borders[-1]]))
     borders = np.array(borders[::-1])
-    return _Chain(borders, cost[n] - price * (borders.size - 1), price)
+    # Summed afresh: cost[n] carries the rounding of every step.
+    return _Chain(borders, interval_inertia(data, borders, cell_means(data, borders)), price)
+
+
+def _horizon(x, start, done, stop):
+    """How far local prefix sums may reach beyond ``stop``: not across a wide gap, beside which sums would cancel."""
+    far = min(x.size, done + _AHEAD * (stop - done))
+    wide = float(x[far - 1]) - float(x[start]) > 16 * (float(x[stop - 1]) - float(x[start]))
+    return stop if wide else far
 
 
 def _local_sums(data, start, middle, stop):
@@ -158,6 +180,8 @@ def _row_minima(base, s, t, m, count):
 
     The matrix is totally monotone: the argmin never falls as j grows.
     """
+    if count * (m + 1) <= _DENSE:
+        return _dense_minima(base, s[: m + 1], t[: m + 1], s[m + 1 : m + 1 + count], t[m + 1 : m + 1 + count])
     column = np.empty(count, dtype=np.intp)
     value = np.empty(count)
     todo = [(0, count, 0, m)]
@@ -166,13 +190,9 @@ def _row_minima(base, s, t, m, count):
         if j0 >= j1:
             continue
         if (j1 - j0) * (i1 - i0 + 1) <= _DENSE:
-            table = s[m + 1 + j0 : m + 1 + j1, None] - s[i0 : i1 + 1]
-            table *= table
-            table /= t[m + 1 + j0 : m + 1 + j1, None] - t[i0 : i1 + 1]
-            np.subtract(base[i0 : i1 + 1], table, out=table)
-            best = np.argmin(table, axis=1)
+            i, j = slice(i0, i1 + 1), slice(m + 1 + j0, m + 1 + j1)
+            best, value[j0:j1] = _dense_minima(base[i], s[i], t[i], s[j], t[j])
             column[j0:j1] = i0 + best
-            value[j0:j1] = table[np.arange(j1 - j0), best]
         elif j1 - j0 <= _ROWS:
             _levels(base, s, t, m, (j0, j1, i0, i1), column, value)
         else:
@@ -185,6 +205,15 @@ def _row_minima(base, s, t, m, count):
             column[j], value[j] = i0 + best, row[best]
             todo += [(j0, j, i0, i0 + best), (j + 1, j1, i0 + best, i1)]
     return column, value
+
+
+def _dense_minima(base, s, t, s_rows, t_rows):
+    table = s_rows[:, None] - s
+    table *= table
+    table /= t_rows[:, None] - t
+    np.subtract(base, table, out=table)
+    best = table.argmin(axis=1)
+    return best, table[np.arange(best.size), best]
 
 
 def _levels(base, s, t, m, part, column, value):
