@@ -104,14 +104,15 @@ def _write_all(writer: SkfWriter, source: Source, plan: Plan, n_jobs: int | None
     bar = tqdm(total=len(source.entries), disable=None if progress else True, unit="tensor", desc="compress")
     with Parallel(n_jobs=n_jobs) as parallel, bar:
         while batch := list(islice(waiting, size)):
-            jobs = [Job(e, plan.taken[e.name], lambda name=e.name: source.read(name))
+            jobs = [Job(e, plan.taken[e.name], lambda name=e.name: source.read(name), keep_estimator=False)
                     for e in batch if e.name in plan.taken]
-            fitted = iter(list(fit_jobs(jobs, progress=False, parallel=parallel)))
+            fitted = {f.record.name: f for f in fit_jobs(jobs, progress=False, parallel=parallel)}
             for entry in batch:
                 if entry.name in plan.taken:
-                    done = next(fitted)
+                    done = fitted.pop(entry.name)
                     writer.add(entry.name, done.tensor)
                     yield done.record
+                    del done
                 else:
                     writer.add(entry.name, RawTensor(source.read(entry.name), entry.dtype))
                     yield raw_record(entry, plan.skipped[entry.name])

@@ -100,11 +100,12 @@ class Job:
     estimator: Any
     read: Callable[[], np.ndarray]
     side: dict[str, np.ndarray] = field(default_factory=dict)
+    keep_estimator: bool = True
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Result of one job."""
+    """Result of one job; the fitted estimator, which may be as large as the tensor, where the job asked for it."""
 
     tensor: CompressedTensor
     estimator: Any
@@ -113,15 +114,18 @@ class Fitted:
 
 @dataclass(frozen=True)
 class _Item:
-    """What a worker needs of an entry; no classes of the user's modules, so that workers need not import them."""
+    """What a worker needs of a job; no classes of the user's modules, so that workers need not import them."""
 
     label: str
     layout: Layout
     record: TensorRecord
+    keep_estimator: bool
 
     @classmethod
-    def of(cls, entry: TensorEntry) -> _Item:
-        return cls(entry.label, entry.layout or Layout.rows_first(entry.shape), raw_record(entry, None))
+    def of(cls, job: Job) -> _Item:
+        entry = job.entry
+        layout = entry.layout or Layout.rows_first(entry.shape)
+        return cls(entry.label, layout, raw_record(entry, None), job.keep_estimator)
 
 
 @dataclass(frozen=True)
@@ -148,11 +152,13 @@ def fit_jobs(jobs: Iterable[Job], n_jobs: int | None = None, progress: bool = Tr
     parallel = parallel or _parallel(n_jobs)
     bar = tqdm(total=total, disable=None if progress else True, unit="tensor", desc="compress")
     with threadpool_limits(1), bar:
-        calls = (delayed(_fit_one)(_Item.of(job.entry), job.estimator, job.read(), job.side) for job in jobs)
-        for outcome in _run(parallel, calls, bar):
+        calls = (delayed(_fit_one)(_Item.of(job), job.estimator, job.read(), job.side) for job in jobs)
+        outcomes = _run(parallel, calls, bar)
+        for outcome in outcomes:
             for message, category in outcome.warnings:
                 warnings.warn(message, category, stacklevel=3)
             if outcome.error is not None:
+                _cancel(outcomes)
                 raise LayerError(str(outcome.error)) from outcome.error.__cause__
             yield outcome.result
 
@@ -175,6 +181,13 @@ def _run(parallel, calls, bar):
         outcomes = parallel(calls)
         bar.update(len(outcomes))
         yield from outcomes
+
+
+def _cancel(outcomes: Iterator[_Outcome]) -> None:
+    """Stop the other fits; that joblib cancels them is no news beside the error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        outcomes.close()
 
 
 def _fit_one(item: _Item, estimator: Any, bits: np.ndarray, side: dict[str, np.ndarray]) -> _Outcome:
@@ -230,7 +243,7 @@ def _fit(item: _Item, estimator: Any, bits: np.ndarray, side: dict[str, np.ndarr
         output_error=_output_error(X, X_hat, side.get("input_gram")), kappa=None if kappa is None else float(kappa),
         n_clusters=tensor.decoders[-1].code_hints().get("n_symbols"), seconds=seconds, info=_fit_info(fitted),
     )
-    return Fitted(tensor, fitted, record)
+    return Fitted(tensor, fitted if item.keep_estimator else None, record)
 
 
 def _floats(bits: np.ndarray, dtype: str) -> np.ndarray:
