@@ -34,37 +34,41 @@ from functools import lru_cache
 import constriction
 import numpy as np
 
-from skfactor.codec.ans import AnsCoder, bytes_to_coder, check_exhausted, coder_to_bytes
 from skfactor.exceptions import FormatError
 
 MAX_SYMBOLS = 4096
 MAX_KERNEL = 64  # longer rows of a kernel are taken as separate channels
+_RangeEncoder, _RangeDecoder = constriction.stream.queue.RangeEncoder, constriction.stream.queue.RangeDecoder
 _BERNOULLI = constriction.stream.model.Bernoulli(perfect=False)
 
 # Fixed point: features in 1/64, probabilities in 2**-20, curvature of the log-likelihood in 2**-16.
 _ONE = 64.0
 _CLIP = 8 * _ONE
-_PROB_BITS = 20
+_PROB_ONE = float(1 << 20)
+_WEIGHT_ONE = 4096.0
 _MAX_LOGIT = 12
 _MAX_BLOCK = 1 << 18  # 2**(9 + 9 + 16 + 18) < 2**53: sums over a block are exact
 
 _N_FEATURES = 12
 # Prior weights and their precisions: frequency, bias, row, channel, position, column, kernel, neighbours,
 # |prediction|, log |prediction|, sign, sign * prediction.
-_PRIOR_ZERO = (0.65, 0.0, 0.8, 0.8, 0.5, 0.25, 0.5, 0.5, 0.3, 0.0, 0.0, 0.0)
-_PRIOR_MAGNITUDE = (0.65, 0.0, 0.8, 0.8, 0.5, 0.25, 0.5, 0.5, 0.0, 0.0, 0.0, 0.5)
-_PRECISION = (30.0, 1.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 10.0, 4.0)
+_PRIOR_ZERO = (0.5, 0.0, 0.95, 1.1, 0.4, 0.15, 0.35, 0.4, 0.7, -0.1, 0.0, 0.0)
+_PRIOR_MAGNITUDE = (0.5, -0.2, 0.75, 0.75, 0.45, 0.15, 0.45, 0.45, 0.4, -0.25, 0.0, 0.55)
+_PRECISION = (10.0, 1.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 10.0, 4.0)
 # The sign reads other features: frequency, bias, row, column, kernel, neighbours, prediction.
-_PRIOR_SIGN = (0.65, 0.0, 0.2, 0.2, 0.3, 0.3, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+_PRIOR_SIGN = (0.55, 0.0, 0.0, 0.0, 0.0, 0.75, 1.25, 0.0, 0.0, 0.0, 0.0, 0.0)
 _PRECISION_SIGN = (30.0, 20.0, 5.0, 5.0, 5.0, 5.0, 4.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+_PRIOR_LINEAR = (0.4, 0.38, -0.15, 0.0, -0.06, -0.06, -0.03, -0.04, 0.0, -0.04, 0.04, 0.0)
+_PRECISION_LINEAR = (50.0,) * _N_FEATURES
 # Pseudo-observations that pull the scale of a row (channel, ...) to the global scale.
-_SHRINK_ROW, _SHRINK_COLUMN, _SHRINK_POSITION, _SHRINK_NEAR = 5.0, 8.0, 8.0, 3.0
+_SHRINK_GROUPS = (5.0, 8.0, 5.0, 8.0)  # row, column, channel, position
+_SHRINK_NEAR = 3.0  # kernel, neighbours
 _SHRINK_SIGN = 4.0
 # Neighbours (dy, dx) inside a kernel that come before a position; the first two touch it.
-_BEFORE = (
-    ((0, -1), (-1, 0), (-1, -1), (-1, 1), (0, -2), (-2, 0))
-    + ((-1, -2), (-1, 2), (-2, -1), (-2, 1), (-2, -2), (-2, 2))
-)
+# fmt: off
+_BEFORE = ((0, -1), (-1, 0), (-1, -1), (-1, 1), (0, -2), (-2, 0),
+           (-1, -2), (-1, 2), (-2, -1), (-2, 1), (-2, -2), (-2, 2))
+# fmt: on
 
 
 # --- exact elementary functions -------------------------------------------------------------------
@@ -76,7 +80,7 @@ def _tables():
     with localcontext() as context:
         context.prec = 30
         logits = [Decimal(i) / 64 for i in range(-64 * _MAX_LOGIT, 64 * _MAX_LOGIT + 1)]
-        squash = [int((Decimal(1 << _PROB_BITS) / (1 + (-x).exp())).to_integral_value()) for x in logits]
+        squash = [int((Decimal(1 << 20) / (1 + (-x).exp())).to_integral_value()) for x in logits]
         log = [float(64 * ((Decimal(2 * i + 1) / 4096).ln())) for i in range(1024, 2048)]
         exp = [float((Decimal(i) / 64).exp()) for i in range(-512, 513)]
         ln2 = float(64 * Decimal(2).ln())
@@ -93,7 +97,12 @@ def _log(x):
 def _effect(total, count, shrink, mean):
     """Return the clipped integer ``64 * ln`` of a shrunken mean relative to the global mean."""
     ratio = _log(total + shrink * mean) - _log((count + shrink) * mean)
-    return np.clip(np.rint(ratio), -_CLIP, _CLIP)
+    return _round(ratio)
+
+
+def _round(x):
+    """Return features as integers of 1/64, clipped to [-8, 8]."""
+    return np.clip(np.rint(x), -_CLIP, _CLIP)
 
 
 def _solve(matrix, right):
@@ -124,7 +133,7 @@ def _blocks(n_kernels, kernel):
         if position == 0:
             size, numerator, denominator = 24, 1, 4
         else:
-            size, numerator, denominator = max(24, n_kernels // 10), 7, 10
+            size, numerator, denominator = max(128, n_kernels // 10), 7, 10
         first = 0
         while first < n_kernels:
             last = min(first + min(size, _MAX_BLOCK), n_kernels)
@@ -146,70 +155,68 @@ def _thresholds(maximum):
 
 
 class _Regressions:
-    """The logistic regressions of all decisions: last row is the sign, row ``k`` is threshold ``k``."""
+    """The logistic regressions of all decisions, and the linear one that predicts codes.
+
+    Row ``k`` of the arrays is threshold ``k``, row ``sign`` the sign, row ``linear`` the prediction.
+    """
 
     def __init__(self, n_thresholds):
-        n = n_thresholds + 1
+        n = n_thresholds + 2
+        self.sign, self.linear = n_thresholds, n_thresholds + 1
         self.weights = np.tile(np.array(_PRIOR_MAGNITUDE), (n, 1))
-        self.weights[0], self.weights[-1] = _PRIOR_ZERO, _PRIOR_SIGN
+        self.weights[0], self.weights[self.sign], self.weights[self.linear] = _PRIOR_ZERO, _PRIOR_SIGN, _PRIOR_LINEAR
         precision = np.tile(np.array(_PRECISION), (n, 1))
-        precision[-1] = _PRECISION_SIGN
+        precision[self.sign], precision[self.linear] = _PRECISION_SIGN, _PRECISION_LINEAR
         self.hessian = precision[:, :, None] * np.eye(_N_FEATURES)
         self.gradient = np.zeros((n, _N_FEATURES))
-        self.ones = np.zeros(n)
-        self.zeros = np.zeros(n)
+        self.counts = np.zeros((n, 2))
         self._touched = np.zeros(n, dtype=bool)
+        self._round_weights()
+
+    def _round_weights(self):
+        """Round weights to ``2**-12``: their products with features are then exact in any order."""
+        self.rounded = np.rint(self.weights * _WEIGHT_ONE)
+
+    def apply(self, node, features):
+        """Return ``w . x`` in 1/64, rounded; features of shape (n_features, n)."""
+        return np.rint((self.rounded[node, : len(features)] @ features) / _WEIGHT_ONE)
 
     def frequency(self, node, prior_ones, prior_zeros):
         """Return the integer ``64 * logit`` of how often the decision was 1, with pseudo-counts."""
-        odds = _log(self.ones[node] + prior_ones) - _log(self.zeros[node] + prior_zeros)
-        return float(np.clip(np.rint(odds), -_CLIP, _CLIP))
+        ones, zeros = _log(self.counts[node] + (prior_ones, prior_zeros))
+        return float(_round(ones - zeros))
 
     def probability(self, node, features):
-        """Return ``P(bit = 1)`` in units of ``2**-20`` for ``features`` of shape (<= 12, n)."""
-        logit = features[0] * self.weights[node, 0]
-        for k in range(1, len(features)):
-            logit += features[k] * self.weights[node, k]
-        limit = 64.0 * _MAX_LOGIT
-        index = np.clip(np.rint(logit), -limit, limit).astype(np.int64) + 64 * _MAX_LOGIT
-        return _tables()[0][index]
+        """Return ``P(bit = 1)`` in units of ``2**-20``."""
+        logit = np.clip(self.apply(node, features), -64 * _MAX_LOGIT, 64 * _MAX_LOGIT)
+        return _tables()[0].take(logit.astype(np.int64) + 64 * _MAX_LOGIT)
 
     def observe(self, node, features, probability, bits):
-        """Add the decisions of a block to gradient and curvature."""
-        scale = float(1 << _PROB_BITS)
-        p = probability / scale
+        """Add the decisions of a block to counts, gradient and curvature."""
+        p = probability / _PROB_ONE
         error = bits - p
         # 0.7 of the expected and 0.3 of the observed curvature: robust where p was far from the truth.
         curvature = np.rint((0.7 * (p * (1.0 - p)) + 0.3 * (error * error)) * 65536.0)
+        self.accumulate(node, features, error * _PROB_ONE, _PROB_ONE, curvature, 65536.0)
+        n_ones = np.count_nonzero(bits)
+        self.counts[node] += (n_ones, len(bits) - n_ones)
+
+    def accumulate(self, node, features, error, error_one, curvature, curvature_one):
+        """Add ``X error`` and ``X diag(curvature) X^T``, all integers with the stated units."""
         k = len(features)
-        self.gradient[node, :k] += (features @ (error * scale)) / (scale * _ONE)
-        self.hessian[node, :k, :k] += ((features * curvature) @ features.T) / (65536.0 * _ONE * _ONE)
-        n_ones = float(np.count_nonzero(bits))
-        self.ones[node] += n_ones
-        self.zeros[node] += len(bits) - n_ones
+        self.gradient[node, :k] += (features @ error) / (error_one * _ONE)
+        self.hessian[node, :k, :k] += ((features * curvature) @ features.T) / (curvature_one * _ONE * _ONE)
         self._touched[node] = True
 
     def step(self):
-        """Take the Newton step of all regressions that saw decisions since the last one."""
+        """Take the Newton step of all regressions that saw something since the last one."""
         some = np.flatnonzero(self._touched)
         if len(some):
             move = _solve(self.hessian[some], self.gradient[some])
             self.weights[some] = np.clip(self.weights[some] + move, -32.0, 32.0)
             self.gradient[some] = 0.0
             self._touched[some] = False
-
-
-class _Sums:
-    """Sums of ``|q|``, of ``q`` and counts over groups of codes (rows, columns, ...)."""
-
-    def __init__(self, n):
-        self.magnitude, self.signed, self.count = np.zeros(n), np.zeros(n), np.zeros(n)
-
-    def add(self, group, q, magnitude):
-        n = len(self.count)
-        self.magnitude += np.bincount(group, weights=magnitude, minlength=n)
-        self.signed += np.bincount(group, weights=q, minlength=n)
-        self.count += np.bincount(group, minlength=n)
+            self._round_weights()
 
 
 class _Context:
@@ -221,127 +228,107 @@ class _Context:
         self.n_channels = self.n_columns // kernel
         self.q = np.zeros(self.n_rows * self.n_columns, dtype=np.int16)
         self.known = np.zeros(len(self.q) if kernel == 1 else 0, dtype=bool)
-        self.rows, self.channels = _Sums(self.n_rows), _Sums(self.n_channels)
-        self.columns, self.positions = _Sums(self.n_columns), _Sums(kernel)
-        self.kernels = _Sums(self.n_rows * self.n_channels if kernel > 1 else 0)
-        self.total, self.n_seen = 0.0, 0.0
+        # Sums of |q|, of q, and counts over four kinds of groups that lie one after the other in one array.
+        sizes = (self.n_rows, self.n_columns, self.n_channels, kernel)
+        self.starts = np.concatenate([[0], np.cumsum(sizes)])
+        self.magnitude, self.signed, self.count = np.zeros((3, self.starts[-1]))
+        self.shrink = np.repeat(_SHRINK_GROUPS, sizes)
+        self.kernel_magnitude, self.kernel_signed = np.zeros((2, self.n_rows * self.n_channels if kernel > 1 else 0))
         side = int(kernel**0.5 + 0.5)
         self.width = side if side * side == kernel else kernel
-        n_before = 0 if kernel == 1 else len(_BEFORE) if self.width < kernel else 2
-        self.before = [d for d in _BEFORE if self.width < kernel or d[0] == 0][:n_before]
-        self.predictor = np.zeros(len(self.before))
-        self.predictor_hessian = 20.0 * np.eye(len(self.before))
+        self.before = [] if kernel == 1 else [d for d in _BEFORE if self.width < kernel or d[0] == 0]
 
-    def features(self, place, position, kernel_index):
+    def mean(self):
+        """Return the mean ``|q|`` so far."""
+        rows = slice(0, self.n_rows)
+        return float(self.magnitude[rows].sum() + 1.0) / float(self.count[rows].sum() + 2.0)
+
+    def features(self, models, position, kernel_index):
         """Return (features of zero and magnitude, features of the sign, what :meth:`update` needs)."""
         row, channel = np.divmod(kernel_index, self.n_channels)
         column = channel * self.kernel + position
-        mean = (self.total + 1.0) / (self.n_seen + 2.0)
-
-        def of(sums, group, shrink):
-            return _effect(sums.magnitude, sums.count, shrink, mean)[group]
-
-        by_row, by_channel = of(self.rows, row, _SHRINK_ROW), of(self.channels, channel, _SHRINK_ROW)
-        by_column = of(self.columns, column, _SHRINK_COLUMN)
-        by_position = of(self.positions, position, _SHRINK_POSITION)
-        near_q, near_magnitude, near_count, before = self._neighbours(place, position, row, column)
-        near = _effect(near_magnitude, near_count, _SHRINK_NEAR, mean)
-        if self.kernel > 1:
-            k_magnitude, k_signed = self.kernels.magnitude[kernel_index], self.kernels.signed[kernel_index]
-            by_kernel = _effect(k_magnitude, float(position), _SHRINK_NEAR, mean)
-        else:
-            k_magnitude = k_signed = by_kernel = np.zeros(len(place))
-
-        # Linear prediction of q in units of the local scale.
-        scale_index = np.clip(np.rint(0.8 * (by_row + by_channel)), -320, 320).astype(np.int64)
-        scale = mean * _tables()[2][scale_index + 512] + 0.1
-        before = [np.clip(np.rint(_ONE * b / scale), -_CLIP, _CLIP) if b is not None else None for b in before]
-        prediction = np.zeros(len(place))
-        for weight, b in zip(self.predictor, before, strict=True):
-            if b is not None:
-                prediction = prediction + weight * b
-        prediction = np.clip(np.rint(prediction), -_CLIP, _CLIP)
-        size = np.abs(prediction)
-        log_size = np.rint(_log(size + 0.2 * _ONE)) - 4 * _ONE  # ln of the prediction in units of the scale, nearly
-
-        ones = np.full(len(place), _ONE)
-        level = np.stack(
-            [ones, ones, by_row, by_channel, np.full(len(place), by_position), by_column, by_kernel,
-            near, size, log_size]
-        )
+        place = kernel_index * self.kernel + position
+        mean = self.mean()
         pull = _SHRINK_SIGN * mean
-        r, c = self.rows, self.columns
-        sign = np.stack(
-            [
-                ones,
-                ones,
-                np.rint(_ONE * (r.signed / (r.magnitude + pull)))[row],
-                np.rint(_ONE * (c.signed / (c.magnitude + pull)))[column],
-                np.rint(_ONE * k_signed / (k_magnitude + 0.5 * pull)),
-                np.rint(_ONE * near_q / (near_magnitude + 0.25 * pull)),
-                prediction,
-            ]
-        )
-        return level, sign, (row, channel, column, scale, before, prediction)
+        n_signed = self.n_rows + self.n_columns
+        effect = _effect(self.magnitude, self.count, self.shrink, mean)
+        bias = np.rint(_ONE * (self.signed[:n_signed] / (self.magnitude[:n_signed] + pull)))
+        column_group, channel_group = column + self.starts[1], channel + self.starts[2]
+        near_q, near_magnitude, near_count, design = self._neighbours(place, position, row, column)
+
+        level = np.zeros((10, len(place)))
+        sign = np.zeros((7, len(place)))
+        level[1] = sign[1] = _ONE
+        level[2], level[3], level[5] = effect[row], effect[channel_group], effect[column_group]
+        level[4] = effect[self.starts[3] + position]
+        sign[2], sign[3] = bias[row], bias[column_group]
+        if self.kernel > 1:
+            magnitude = self.kernel_magnitude[kernel_index]
+            level[6] = _effect(magnitude, float(position), _SHRINK_NEAR, mean)
+            sign[4] = np.rint(_ONE * self.kernel_signed[kernel_index] / (magnitude + 0.5 * pull))
+        level[7] = _effect(near_magnitude, near_count, _SHRINK_NEAR, mean)
+        sign[5] = np.rint(_ONE * near_q / (near_magnitude + 0.25 * pull))
+        scale = None
+        if self.before:
+            # Linear prediction of q from the codes before it, in units of the local scale.
+            index = np.clip(np.rint(0.8 * (level[2] + level[3])), -320, 320).astype(np.int64)
+            scale = mean * _tables()[2][index + 512] + 0.1
+            design = _round(_ONE * design / scale)
+            sign[6] = np.clip(models.apply(models.linear, design), -_CLIP, _CLIP)
+            level[8] = np.abs(sign[6])
+        level[9] = np.rint(_log(level[8] + 0.2 * _ONE)) - 4 * _ONE  # ln of the size of the prediction, nearly
+        return level, sign, (place, row, (column_group, channel_group), scale, design)
 
     def _neighbours(self, place, position, row, column):
-        """Return sum, sum of magnitudes and number of the touching codes known, and the codes before."""
+        """Return sum, sum of magnitudes and number of the known codes that touch, and the codes before."""
         if self.kernel > 1:
             y, x = divmod(position, self.width)
-            before = []
-            for dy, dx in self.before:
-                inside = y + dy >= 0 and 0 <= x + dx < self.width
-                before.append(self.q[place + (dy * self.width + dx)].astype(np.float64) if inside else None)
-            touching = [b for b in before[:2] if b is not None]
-            offsets = [(b, 1.0) for b in touching]
-        else:
-            before, offsets = [], []
-            for inside, step in (
+            design = np.zeros((len(self.before), len(place)))
+            inside = [y + dy >= 0 and 0 <= x + dx < self.width for dy, dx in self.before]
+            for k, (dy, dx) in enumerate(self.before):
+                if inside[k]:
+                    design[k] = self.q[place + (dy * self.width + dx)]
+            near = design[:2]
+            return near.sum(axis=0), np.abs(near).sum(axis=0), float(sum(inside[:2])), design
+        q, count = np.zeros((4, len(place))), np.zeros(len(place))
+        for k, (inside, step) in enumerate(
+            (
                 (column > 0, -1),
                 (column < self.n_columns - 1, 1),
                 (row > 0, -self.n_columns),
                 (row < self.n_rows - 1, self.n_columns),
-            ):
-                there = np.where(inside, place + step, place)  # a code itself is still unknown
-                offsets.append((self.q[there].astype(np.float64), self.known[there].astype(np.float64)))
-        near_q, near_magnitude, near_count = np.zeros(len(place)), np.zeros(len(place)), np.zeros(len(place))
-        for q, known in offsets:
-            near_q += q
-            near_magnitude += np.abs(q)
-            near_count += known
-        return near_q, near_magnitude, near_count, before
+            )
+        ):
+            there = np.where(inside, place + step, place)  # a code itself is still unknown
+            q[k] = self.q[there]
+            count += self.known[there]
+        return q.sum(axis=0), np.abs(q).sum(axis=0), count, None
 
-    def update(self, place, position, kernel_index, q, known):
+    def update(self, models, position, kernel_index, q, sign, known):
         """Enter the codes ``q`` of a block; ``known`` is the last result of :meth:`features`."""
-        row, channel, column, scale, before, prediction = known
+        place, row, (column_group, channel_group), scale, design = known
         self.q[place] = q
         q = q.astype(np.float64)
         magnitude = np.abs(q)
-        self.rows.add(row, q, magnitude)
-        self.channels.add(channel, q, magnitude)
-        self.columns.add(column, q, magnitude)
-        self.positions.add(np.full(len(place), position), q, magnitude)
-        self.total += float(magnitude.sum())  # integers: exact in any order
-        self.n_seen += len(place)
+        group = np.concatenate([row, column_group, channel_group])
+        n, n_groups = len(place), len(self.count)
+        self.magnitude += np.bincount(group, weights=np.tile(magnitude, 3), minlength=n_groups)
+        self.signed += np.bincount(group, weights=np.tile(q, 3), minlength=n_groups)
+        self.count += np.bincount(group, minlength=n_groups)
+        self.magnitude[self.starts[3] + position] += magnitude.sum()  # integers: exact in any order
+        self.count[self.starts[3] + position] += n
         if self.kernel > 1:
-            self.kernels.magnitude[kernel_index] += magnitude
-            self.kernels.signed[kernel_index] += q
+            self.kernel_magnitude[kernel_index] += magnitude
+            self.kernel_signed[kernel_index] += q
         else:
             self.known[place] = True
-        present = [k for k, b in enumerate(before) if b is not None]
-        if present:
-            target = np.clip(np.rint(_ONE * q / scale), -_CLIP, _CLIP)
-            design = np.stack([before[k] for k in present])
-            every = np.ix_(present, present)
-            unit = _ONE * _ONE
-            self.predictor_hessian[every] += (design @ design.T) / unit
-            gradient = np.zeros(len(before))
-            gradient[present] = (design @ (target - prediction)) / unit
-            self.predictor += _solve(self.predictor_hessian[None], gradient[None])[0]
+        if position:
+            error = _round(_ONE * q / scale) - sign[6]
+            models.accumulate(models.linear, design, error, _ONE, 1.0, 1.0)
 
 
 class _BitWriter:
-    """Collects decisions with their probabilities; the ANS coder takes them all at the end, last first."""
+    """Collects decisions with their probabilities; the range coder takes them all at the end."""
 
     def __init__(self):
         self._bits, self._probabilities = [], []
@@ -352,23 +339,87 @@ class _BitWriter:
         return bits
 
     def payload(self):
-        coder = AnsCoder()
         bits = np.concatenate(self._bits).astype(np.int32)
-        coder.encode_reverse(bits, _BERNOULLI, np.concatenate(self._probabilities) / float(1 << _PROB_BITS))
-        return coder_to_bytes(coder)
+        probability = np.concatenate(self._probabilities) / _PROB_ONE
+        coder = _RangeEncoder()
+        head = max(0, len(bits) - 64)
+        coder.encode(bits[:head], _BERNOULLI, probability[:head])
+        before_tail = coder.pos()
+        tail = bits[head:], probability[head:]
+        coder.encode(tail[0], _BERNOULLI, tail[1])
+        return _shortest(coder.get_compressed().astype(">u4").tobytes(), before_tail, tail)
+
+
+def _words(data):
+    return np.frombuffer(data + bytes(-len(data) % 4), dtype=">u4").astype(np.uint32)
+
+
+def _shortest(data, before_tail, tail):
+    """Drop the bytes at the end of a range-coded stream that do not change what its tail decodes to.
+
+    Missing bytes read as zeros. Any number inside the coder's last interval stands for the same decisions, so a
+    shorter prefix, or that prefix plus one, may do.
+    """
+    bits, probability = tail
+
+    def is_same(candidate):
+        decoder = _RangeDecoder(_words(candidate + bytes(max(0, len(data) - len(candidate)))))
+        decoder.seek(*before_tail)
+        try:
+            return bool((decoder.decode(_BERNOULLI, probability) == bits).all())
+        except AssertionError:
+            return False
+
+    best = data.rstrip(b"\0")
+    while best:
+        shorter = best[:-1]
+        candidates = [shorter.rstrip(b"\0")]
+        if shorter and shorter[-1] < 255:
+            candidates.append(shorter[:-1] + bytes([shorter[-1] + 1]))
+        candidates = [c for c in candidates if is_same(c)]
+        if not candidates:
+            break
+        best = min(candidates, key=len)
+    return best
 
 
 class _BitReader:
     """Decodes decisions in the same order."""
 
     def __init__(self, data):
-        self._coder = bytes_to_coder(data)
+        if data.endswith(b"\0"):
+            raise FormatError("a context-coded stream never ends in a zero byte")
+        self._coder = _RangeDecoder(_words(data))
 
     def code(self, probability, bits):
-        return self._coder.decode(_BERNOULLI, probability / float(1 << _PROB_BITS)).astype(bool)
+        try:
+            return self._coder.decode(_BERNOULLI, probability / _PROB_ONE).astype(bool)
+        except AssertionError:  # a state that no encoder reaches
+            raise FormatError("context-coded stream is damaged") from None
 
-    def finish(self):
-        check_exhausted(self._coder)
+
+def _code_live(bits, n, live):
+    """Code which of ``n`` rows or channels hold a code other than zero; mostly all do.
+
+    Each flag has an adaptive probability given the flag before it.
+    """
+
+    def code(probability, bit):
+        bit = None if bit is None else np.array([bit])
+        return bool(bits.code(np.array([float(probability)]), bit)[0])
+
+    one = int(_PROB_ONE)
+    if code(one * 7 // 8, None if live is None else bool(live.all())):
+        return np.ones(n, dtype=bool)
+    out = np.zeros(n, dtype=bool)
+    seen = [[1, 1], [1, 1]]  # given the flag before: twice the number of dead and of live ones, plus 1
+    before = 1
+    for i in range(n):
+        dead, alive = seen[before]
+        out[i] = code(one * alive // (dead + alive), None if live is None else bool(live[i]))
+        seen[before][int(out[i])] += 2
+        before = int(out[i])
+    return out
 
 
 def _walk(bits, shape, kernel, below, above, target):
@@ -391,64 +442,62 @@ def _walk(bits, shape, kernel, below, above, target):
     order = _lattice_order(context.n_rows, context.n_channels)
     for position, first, last in _blocks(len(order), kernel):
         kernel_index = order[first:last]
-        place = kernel_index * kernel + position
-        level, sign, known = context.features(place, position, kernel_index)
-        q = _code_block(bits, models, thresholds, (below, above), level, sign, known[-1], context,
-                        None if target is None else target[place])
+        level, sign, known = context.features(models, position, kernel_index)
+        truth = None if target is None else target[known[0]]
+        q = _code_block(bits, models, thresholds, (below, above), context.mean(), level, sign, truth)
+        context.update(models, position, kernel_index, q, sign, known)
         models.step()
-        context.update(place, position, kernel_index, q, known)
     return context.q
 
 
-def _code_block(bits, models, thresholds, limits, level, sign, prediction, context, target):
+def _code_block(bits, models, thresholds, limits, mean, level, sign, target):
     """Code one block: zero or not, sign, magnitudes; return its signed codes."""
     below, above = limits
-    n = level.shape[1]
-    mean = (context.total + 1.0) / (context.n_seen + 2.0)
-    prior_ones, prior_zeros = 2.0 * mean / (1.0 + mean), 2.0 / (1.0 + mean)
+    prior = 2.0 * mean / (1.0 + mean), 2.0 / (1.0 + mean)  # |q| geometric with this mean
 
-    def decide(node, features, truth, ones, zeros):
-        features[0] = models.frequency(node, ones, zeros)
+    def decide(node, features, truth, pseudo_counts):
+        features[0] = models.frequency(node, *pseudo_counts)
         probability = models.probability(node, features)
         decided = bits.code(probability, truth)
         models.observe(node, features, probability, decided)
         return decided
 
-    def truth(condition):
-        return None if target is None else condition()
-
-    some = decide(0, level.copy(), truth(lambda: target != 0), prior_ones, prior_zeros)
+    some = decide(0, level, None if target is None else target != 0, prior)
     active = np.flatnonzero(some)
+    if target is not None:
+        target = target.astype(np.int64)
+    sizes = None if target is None else np.abs(target)
     positive = np.full(len(active), above > 0)
     if below and above and len(active):
-        positive = decide(-1, sign[:, active], truth(lambda: target[active] > 0), 1.0, 1.0)
-    direction = np.where(positive, 1.0, -1.0)
-    magnitude = np.zeros(n, dtype=np.int64)
-    magnitude[active] = 1
+        positive = decide(
+            models.sign, sign.take(active, axis=1), None if target is None else target[active] > 0, (1.0, 1.0)
+        )
+    direction = np.where(positive, 1, -1)
+    signs, magnitude = np.zeros((2, level.shape[1]), dtype=np.int64)
+    signs[active], magnitude[active] = direction, 1
     limit = np.where(positive, above, below)
-    features = np.concatenate(
-        [level[:, active], _ONE * direction[None], (direction * prediction[active])[None]]
-    )
-    signs = np.zeros(n, dtype=np.int64)
-    signs[active] = direction.astype(np.int64)
+    features = np.empty((_N_FEATURES, len(active)))
+    features[:10] = level.take(active, axis=1)
+    features[10], features[11] = _ONE * direction, direction * sign[6, active]
     for node in range(1, len(thresholds)):
         threshold = thresholds[node]
-        keep = limit > threshold
-        if not keep.all():
-            active, limit, features = active[keep], limit[keep], features[:, keep]
+        keep = np.flatnonzero(limit > threshold)
+        if len(keep) < len(active):
+            active, limit, features = active[keep], limit[keep], features.take(keep, axis=1)
         if not len(active):
             break
-        larger = decide(node, features, truth(lambda: np.abs(target[active]) > threshold), prior_ones, prior_zeros)
-        active, limit, features = active[larger], limit[larger], features[:, larger]
+        larger = decide(node, features, None if sizes is None else sizes[active] > threshold, prior)
+        larger = np.flatnonzero(larger)
+        active, limit, features = active[larger], limit[larger], features.take(larger, axis=1)
         magnitude[active] = threshold + 1
-    _code_low_bits(bits, thresholds, magnitude, limits, target)
+    _code_low_bits(bits, thresholds, magnitude, limits, sizes)
     q = signs * magnitude
     if int(q.max()) > above or int(q.min()) < -below:
         raise FormatError(f"context-coded stream holds a code outside [-{below}, {above}]")
     return q.astype(np.int16)
 
 
-def _code_low_bits(bits, thresholds, magnitude, limits, target):
+def _code_low_bits(bits, thresholds, magnitude, limits, sizes):
     """Code the place of each magnitude between its threshold and the next, in plain bits, in ``magnitude``."""
     maximum = max(limits)
     for low, high in zip(thresholds, [*thresholds[1:], maximum], strict=True):
@@ -457,8 +506,8 @@ def _code_low_bits(bits, thresholds, magnitude, limits, target):
             continue
         active = np.flatnonzero(magnitude == low + 1)
         for k in range(width if len(active) else 0):
-            half = np.full(len(active), float(1 << (_PROB_BITS - 1)))
-            wanted = None if target is None else ((np.abs(target[active].astype(np.int64)) - low - 1) >> k) & 1 == 1
+            half = np.full(len(active), 0.5 * _PROB_ONE)
+            wanted = None if sizes is None else ((sizes[active] - low - 1) >> k) & 1 == 1
             magnitude[active] += bits.code(half, wanted).astype(np.int64) << k
 
 
@@ -467,6 +516,22 @@ def _code_low_bits(bits, thresholds, magnitude, limits, target):
 
 def _effective_kernel(shape, kernel):
     return kernel if 1 < kernel <= MAX_KERNEL and shape[1] % kernel == 0 else 1
+
+
+def _code_matrix(bits, shape, kernel, limits, target):
+    """Code the rows and channels that are not all zero, then what they hold; return the signed codes."""
+    n_rows, n_channels = shape[0], shape[1] // kernel
+    nonzero = None if target is None else (target != 0).reshape(n_rows, n_channels, kernel)
+    rows = _code_live(bits, n_rows, None if target is None else nonzero.any(axis=(1, 2)))
+    channels = _code_live(bits, n_channels, None if target is None else nonzero.any(axis=(0, 2)))
+    columns = np.repeat(channels, kernel)
+    live = np.ix_(rows, columns)
+    part = (int(rows.sum()), int(columns.sum()))
+    out = np.zeros(shape, dtype=np.int16)
+    if min(part):
+        flat = _walk(bits, part, kernel, *limits, None if target is None else target[live].reshape(-1))
+        out[live] = flat.reshape(part)
+    return out
 
 
 def encode(codes, n_symbols, zero, kernel=1):
@@ -491,8 +556,8 @@ def encode(codes, n_symbols, zero, kernel=1):
     True
     """
     writer = _BitWriter()
-    target = (codes.reshape(-1).astype(np.int64) - zero).astype(np.int16)
-    _walk(writer, codes.shape, _effective_kernel(codes.shape, kernel), zero, n_symbols - 1 - zero, target)
+    target = (codes.astype(np.int64) - zero).astype(np.int16)
+    _code_matrix(writer, codes.shape, _effective_kernel(codes.shape, kernel), (zero, n_symbols - 1 - zero), target)
     return writer.payload()
 
 
@@ -502,11 +567,11 @@ def decode(data, shape, n_symbols, zero, kernel=1):
     Raises
     ------
     FormatError
-        If the payload does not end with its last code, or holds a code outside the alphabet.
+        If the payload cannot have come from an encoder. Most damage is not visible here and gives other codes
+        of the alphabet: the file's checksum is what tells.
     """
     if not 2 <= n_symbols <= MAX_SYMBOLS:
         raise FormatError(f"a context-coded stream has 2 to {MAX_SYMBOLS} symbols, got {n_symbols}")
     reader = _BitReader(data)
-    q = _walk(reader, shape, _effective_kernel(shape, kernel), zero, n_symbols - 1 - zero, None)
-    reader.finish()
-    return (q.astype(np.int32) + zero).astype(np.uint16).reshape(shape)
+    q = _code_matrix(reader, shape, _effective_kernel(shape, kernel), (zero, n_symbols - 1 - zero), None)
+    return (q.astype(np.int32) + zero).astype(np.uint16)
