@@ -8,7 +8,7 @@ from skfactor.solvers._prefix import cell_means, interval_inertia, sums_at
 from skfactor.solvers._windows1d import compander_borders
 
 _PER_CELL = 16  # candidate borders per cell of the largest codebook
-_HALF = 6  # half width of the window in which a layer looks for its last border
+_STRIDE = 64  # rows between those that are searched first
 _MIN_CANDIDATES = 1024
 
 
@@ -52,69 +52,53 @@ def elbow_1d(x, k_max, *, weights=None):
 def _layers(s, t, k_max):
     """Largest ``sum_k s_k^2 / t_k`` over partitions of the grid into K cells, for K = 1..k_max."""
     n = s.size
-    j = np.arange(n)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        best = (s - s[0]) ** 2 / (t - t[0])
-    best[0] = -np.inf
+    best = np.full(n, -np.inf)
+    best[1:] = (s[1:] - s[0]) ** 2 / (t[1:] - t[0])
     split = np.zeros(n, dtype=np.intp)
     out = [best[-1]]
     for k in range(2, k_max + 1):
-        if k <= 4:
-            best, split = _wide_layer(best, s, t, k)
-        else:
-            guess = j - np.rint((j - split) * ((k - 1) / k)).astype(np.intp)
-            best, split = _narrow_layer(best, s, t, k, guess)
+        best, split = _layer(best, split, s, t, k)
         out.append(best[-1])
     return np.array(out)
 
 
-def _evaluate(best, s, t, ends, starts):
-    """Value of a last cell ``starts:ends`` after the best partition of what comes before."""
-    value = s[ends] - s[starts]
-    value *= value
-    value /= t[ends] - t[starts]
-    value += best[starts]
-    return value
+def _layer(best, split, s, t, k):
+    """Best partitions into ``k`` cells of the first j grid cells, and where their last cell starts, for every j.
 
-
-def _wide_layer(best, s, t, k):
-    """One layer, looking for the last border first on every 32nd candidate, then around the best of them."""
+    The start never falls as j or k grows, so every 64th row is searched from the start it had with k - 1 cells, and
+    the rows in between, level by level, from the start of the row before to that of the row after.
+    """
     n = s.size
-    new = np.full(n, -np.inf)
-    split = np.zeros(n, dtype=np.intp)
-    step = max(1, n // 128)
-    starts = np.arange(k - 1, n - 1, step)
-    ends = np.arange(k, n)
-    clipped = np.minimum(starts, ends[:, None] - 1)
-    column = np.argmax(_evaluate(best, s, t, ends[:, None], clipped), axis=1)
-    split[k:] = clipped[np.arange(ends.size), column]
+    new, new_split = np.full(n, -np.inf), np.full(n, k - 1, dtype=np.intp)
+    rows = np.append(np.arange(k, n - 1, _STRIDE), n - 1)
+    _search(best, s, t, rows, np.maximum(split[rows], k - 1), rows - 1, new, new_split)
+    step = _STRIDE
     while step > 1:
-        step = (step + 3) // 4
-        clipped = np.clip(split[k:, None] + step * np.arange(-4, 5), k - 1, ends[:, None] - 1)
-        value = _evaluate(best, s, t, ends[:, None], clipped)
-        column = np.argmax(value, axis=1)
-        split[k:] = clipped[np.arange(ends.size), column]
-    new[k:] = _evaluate(best, s, t, ends, split[k:])
-    return new, split
+        step //= 2
+        rows = np.arange(k + step, n - 1, 2 * step)
+        after = np.minimum(rows + step, n - 1)
+        low = np.maximum(new_split[rows - step], split[rows])
+        _search(best, s, t, rows, low, np.minimum(new_split[after], rows - 1), new, new_split)
+    return new, new_split
 
 
-def _narrow_layer(best, s, t, k, guess):
-    """One layer, looking for the last border in a window around ``guess``; the window follows the maximum."""
-    n = s.size
-    new = np.full(n, -np.inf)
-    split = np.zeros(n, dtype=np.intp)
-    offsets = np.arange(-_HALF, _HALF + 1)
-    todo, centre = np.arange(k, n), guess[k:]
-    for _ in range(64):
-        starts = np.clip(centre[:, None] + offsets, k - 1, todo[:, None] - 1)
-        value = _evaluate(best, s, t, todo[:, None], starts)
-        column = np.argmax(value, axis=1)
-        row = np.arange(todo.size)
-        at, value = starts[row, column], value[row, column]
-        better = value > new[todo]
-        new[todo[better]], split[todo[better]] = value[better], at[better]
-        edge = better & ((column == 0) | (column == 2 * _HALF)) & (at > k - 1) & (at < todo - 1)
-        todo, centre = todo[edge], at[edge]
-        if todo.size == 0:
-            break
-    return new, split
+def _search(best, s, t, rows, low, high, new, new_split):
+    """Maximise over the starts low..high of the last cell of every row (ragged), into ``new`` and ``new_split``."""
+    if rows.size == 0:
+        return
+    width = np.maximum(high - low, 0) + 1
+    ends = np.cumsum(width)
+    begin = ends - width
+    i = np.arange(ends[-1])
+    i -= np.repeat(begin - low, width)
+    value = np.repeat(s[rows], width)
+    value -= s[i]
+    value *= value
+    weight = np.repeat(t[rows], width)
+    weight -= t[i]
+    value /= weight
+    value += best[i]
+    top = np.maximum.reduceat(value, begin)
+    hits = np.flatnonzero(value == np.repeat(top, width))
+    new[rows] = top
+    new_split[rows] = i[hits[np.searchsorted(hits, begin)]]

@@ -59,7 +59,7 @@ def compander_borders(data, n_clusters):
     coordinate = np.concatenate(([0.0], np.cumsum(g)))
     at = np.interp(np.arange(n_clusters + 1) * (coordinate[-1] / n_clusters), coordinate, knots)
     at[0], at[-1] = 0, n
-    return spread(np.rint(at).astype(np.intp))
+    return spread(np.ceil(at).astype(np.intp))  # a place between samples p and p + 1 is border p + 1
 
 
 def refine(data, borders, inertia, *, tau=1 / 32, half=16):
