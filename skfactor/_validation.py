@@ -6,7 +6,7 @@ import difflib
 import numpy as np
 from sklearn.utils.validation import check_array, validate_data
 
-__all__ = ["check_codes", "check_element_weights", "check_gram", "check_matrix", "did_you_mean"]
+__all__ = ["check_codes", "check_gram", "check_importance", "check_matrix", "check_row_weights", "did_you_mean"]
 
 
 def did_you_mean(name, allowed):
@@ -73,20 +73,26 @@ def _check_finite(A, name):
                          f"at {where}")
 
 
-def check_element_weights(X, sample_weight=None, importance=None):
-    """Element-wise weights of `X`: None, or the product of `sample_weight` (n_rows,) and `importance` (like X).
-
-    Returned as float64 (n_rows, 1) when only `sample_weight` is given, else (n_rows, n_columns).
-    """
-    weights = None
-    if sample_weight is not None:
-        weights = _check_weights(sample_weight, (len(X),), "sample_weight")[:, None]
-    if importance is not None:
-        importance = _check_weights(_host_array(importance), X.shape, "importance")
-        weights = importance if weights is None else weights * importance
-    if weights is not None and not weights.any():
-        raise ValueError("at least one of the weights must be positive, got only zeros")
+def check_row_weights(X, sample_weight):
+    """`sample_weight` as float64 (n_rows, 1), or None."""
+    if sample_weight is None:
+        return None
+    weights = _check_weights(sample_weight, (len(X),), "sample_weight")[:, None]
+    if not weights.any():
+        raise ValueError("at least one sample_weight must be positive, got only zeros")
     return weights
+
+
+def check_importance(X, importance):
+    """`importance` as float64 (n_rows, n_columns), or (n_rows, 1) where it was given so, or None."""
+    if importance is None:
+        return None
+    importance = _host_array(importance)
+    shape = (len(X), 1) if np.shape(importance) == (len(X), 1) else X.shape
+    importance = _check_weights(importance, shape, "importance")
+    if not importance.any():
+        raise ValueError("at least one importance must be positive, got only zeros")
+    return importance
 
 
 def _check_weights(weights, shape, name):

@@ -34,6 +34,18 @@ class Plan(NamedTuple):
     rng: np.random.RandomState
 
 
+class Weights(NamedTuple):
+    """What weighs the error: `counts` (n_rows, 1) says how many rows each one stands for, `importance` its error."""
+
+    counts: np.ndarray | None
+    importance: np.ndarray | None
+
+    def of_error(self):
+        """Weights of the squared errors, broadcastable to `X`, or None."""
+        given = [w for w in self if w is not None]
+        return None if not given else given[0] if len(given) == 1 else given[0] * given[1]
+
+
 class Solution(NamedTuple):
     """Codebooks found."""
 
@@ -62,20 +74,29 @@ def split_books(A, plan):
     return [A[i : i + size].reshape(-1, v) for i in range(0, n, size)]
 
 
+def _split_or_none(A, shape, plan, n_books):
+    return [None] * n_books if A is None else split_books(np.broadcast_to(A, shape), plan)
+
+
 def solve_books(X, weights, plan):
-    """Centroids of every codebook of `X` (n_rows, n_columns); `weights` broadcast against `X` or None."""
-    if weights is not None:
-        weights = np.broadcast_to(weights, X.shape)
+    """Centroids of every codebook of `X` (n_rows, n_columns) under `Weights`."""
+    error_weights = weights.of_error()
     if _is_batched(plan):
-        return _solve_batched(X, weights, plan)
+        if error_weights is not None:
+            error_weights = np.broadcast_to(error_weights, X.shape)
+        return _solve_batched(X, error_weights, plan)
     books = split_books(X, plan)
-    book_weights = [None] * len(books) if weights is None else split_books(weights, plan)
-    solve = _solve_vectors if plan.vector_size > 1 else _solve_scalars
-    found = [solve(x, w, plan) for x, w in zip(books, book_weights)]
-    lengths = None
-    if found[0].code_lengths is not None:
+    if plan.lagrangian > 0:
+        importance = _split_or_none(weights.importance, X.shape, plan, len(books))
+        counts = _split_or_none(weights.counts, X.shape, plan, len(books))
+        found = [_solve_with_rate(x, w, n, plan) for x, w, n in zip(books, importance, counts)]
         # codes that a shorter codebook repeats are never used: they get an infinite length
-        lengths = _stack([b.code_lengths for b in found], np.inf).astype(np.float64)
+        lengths = _stack([b.code_lengths for b in found], np.inf)
+    else:
+        book_weights = _split_or_none(error_weights, X.shape, plan, len(books))
+        solve = _solve_vectors if plan.vector_size > 1 else _solve_scalars
+        found = [solve(x, w, plan) for x, w in zip(books, book_weights)]
+        lengths = None
     codebooks = _stack([b.centers for b in found], None).astype(X.dtype)
     return Solution(codebooks, lengths, float(sum(b.lower_bound for b in found)), max(b.n_iter for b in found))
 
@@ -114,29 +135,50 @@ def _solve_batched(X, weights, plan):
     return Solution(centers[:, :, None].astype(X.dtype), None, 0.0, n_iter)
 
 
+def _flat(x):
+    return None if x is None else np.ascontiguousarray(x[:, 0])
+
+
+def _without_zeros(x, *weights):
+    kept = x != 0
+    return int((~kept).sum()), x[kept], *(None if w is None or not w[kept].any() else w[kept] for w in weights)
+
+
 def _solve_scalars(x, w, plan):
     """Codebook of scalars `x` (m, 1)."""
-    x, w = x[:, 0], None if w is None else np.ascontiguousarray(w[:, 0])
-    x = np.ascontiguousarray(x)
-    k = plan.n_clusters
+    x, w, k = _flat(x), _flat(w), plan.n_clusters
     pinned = plan.preserve_zeros and not x.all()
     if pinned:
-        kept = x != 0
-        if k == 1 or not kept.any():
-            return _Book(np.zeros((1, 1)), np.zeros(1) if plan.lagrangian else None, 0.0, 1)
-        n_zeros, x, w, k = int((~kept).sum()), x[kept], None if w is None else w[kept], k - 1
-        if w is not None and not w.any():
-            w = None
-    if plan.lagrangian > 0:
-        result = entropy_kmeans_1d(x, k, entropy_weight=plan.lagrangian, weights=w, max_iter=plan.max_iter or 1,
-                                   tol=plan.tol)
-        centers, lengths, bound = result.centers, result.code_lengths, 0.0
-    else:
-        result = _plain_scalars(x, w, k, plan)
-        centers, lengths, bound = result.centers, None, result.lower_bound
+        _, x, w = _without_zeros(x, w)
+        k -= 1
+        if k == 0 or not len(x):
+            return _Book(np.zeros((1, 1)), None, 0.0, 1)
+    result = _plain_scalars(x, w, k, plan)
+    centers = np.asarray(result.centers)
     if pinned:
-        centers, lengths = _add_zero(centers, lengths, n_zeros / (n_zeros + len(x)))
-    return _Book(np.asarray(centers)[:, None], lengths, bound, result.n_iter)
+        centers = np.insert(centers, np.searchsorted(centers, 0.0), 0.0)
+    return _Book(centers[:, None], None, 0.0 if pinned else result.lower_bound, result.n_iter)
+
+
+def _solve_with_rate(x, w, counts, plan):
+    """Entropy-constrained codebook of scalars `x` (m, 1)."""
+    x, w, counts, k = _flat(x), _flat(w), _flat(counts), plan.n_clusters
+    pinned = plan.preserve_zeros and not x.all()
+    if pinned:
+        total = len(x) if counts is None else counts.sum()
+        zeros = int((x == 0).sum()) if counts is None else counts[x == 0].sum()
+        _, x, w, counts = _without_zeros(x, w, counts)
+        k -= 1
+        if k == 0 or not len(x):
+            return _Book(np.zeros((1, 1)), np.zeros(1), 0.0, 1)
+    result = entropy_kmeans_1d(x, k, entropy_weight=plan.lagrangian, weights=w, counts=counts,
+                               max_iter=max(1, plan.max_iter), tol=plan.tol)
+    centers, lengths = result.centers, result.code_lengths
+    if pinned and zeros > 0:
+        at = np.searchsorted(centers, 0.0)
+        lengths = np.insert(lengths - np.log2(1 - zeros / total), at, -np.log2(zeros / total))
+        centers = np.insert(centers, at, 0.0)
+    return _Book(np.asarray(centers)[:, None], lengths, 0.0, result.n_iter)
 
 
 def _plain_scalars(x, w, k, plan):
@@ -152,28 +194,32 @@ def _plain_scalars(x, w, k, plan):
     return best
 
 
-def _add_zero(centers, lengths, zero_share):
-    """Insert the centroid 0, and its code length given the share of exact zeros."""
-    at = int(np.searchsorted(centers, 0.0))
-    if lengths is not None:
-        lengths = np.insert(lengths - np.log2(1 - zero_share), at, -np.log2(zero_share))
-    return np.insert(centers, at, 0.0), lengths
-
-
 def _solve_vectors(x, w, plan):
     """Codebook of sub-vectors `x` (m, vector_size)."""
+    x = np.ascontiguousarray(x)
+    distinct = _few_distinct_rows(x, plan.n_clusters)
+    if distinct is not None:
+        return _Book(distinct, None, 0.0, 1)
     w = None if w is None else w.mean(axis=1)
-    result = kmeans(np.ascontiguousarray(x), plan.n_clusters, rng=plan.rng, sample_weight=w, n_init=plan.n_init,
+    result = kmeans(x, plan.n_clusters, rng=plan.rng, sample_weight=w, n_init=plan.n_init,
                     max_iter=max(1, plan.max_iter), tol=plan.tol)
     return _Book(result.centers, None, 0.0, result.n_iter)
 
 
-def assign_codes(X, codebooks, plan, *, code_lengths=None, weights=None):
+def _few_distinct_rows(x, k):
+    """The distinct rows of `x` if there are at most `k`, else None; a sample settles most cases."""
+    if len(np.unique(x[: 2 * k + 64], axis=0)) > k:
+        return None
+    distinct = np.unique(x, axis=0)
+    return distinct if len(distinct) <= k else None
+
+
+def assign_codes(X, codebooks, plan, *, code_lengths=None, importance=None):
     """Codes of `X` (n_rows, n_columns // vector_size): nearest centroid, or least error plus price of the bits."""
     if plan.vector_size > 1:
         return _assign_vectors(X, codebooks, plan)
     if code_lengths is not None:
-        return _assign_with_rate(X, codebooks, plan, code_lengths, weights)
+        return _assign_with_rate(X, codebooks, plan, code_lengths, importance)
     centers = codebooks[:, :, 0]
     if plan.granularity == "tensor":
         return assign_1d(X, centers[0])
@@ -190,19 +236,15 @@ def _assign_vectors(X, codebooks, plan):
     return _join_books(codes, (n, d // v), plan)
 
 
-def _assign_with_rate(X, codebooks, plan, code_lengths, weights):
+def _assign_with_rate(X, codebooks, plan, code_lengths, importance):
     books = split_books(X, plan)
-    book_weights = [None] * len(books)
-    if weights is not None:
-        book_weights = split_books(np.broadcast_to(weights, X.shape), plan)
+    book_weights = _split_or_none(importance, X.shape, plan, len(books))
     codes = []
     for x, w, centers, lengths in zip(books, book_weights, codebooks[:, :, 0], code_lengths):
-        w = None if w is None else np.ascontiguousarray(w[:, 0])
-        x = np.ascontiguousarray(x[:, 0])
-        label = assign_1d_entropy(x, centers, lengths, plan.lagrangian, weights=w)
-        if plan.preserve_zeros:
-            zero = np.flatnonzero(centers == 0)
-            label[x == 0] = zero[0] if len(zero) else label[x == 0]
+        x = _flat(x)
+        label = assign_1d_entropy(x, centers, lengths, plan.lagrangian, weights=_flat(w))
+        if plan.preserve_zeros and (centers == 0).any():
+            label[x == 0] = np.flatnonzero(centers == 0)[0]
         codes.append(label)
     return _join_books(codes, X.shape, plan)
 

@@ -10,12 +10,14 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from skfactor._sklearn import Interval, StrOptions, check_feature_names_in, fit_context
-from skfactor._validation import check_element_weights, check_matrix
+from skfactor._validation import check_gram, check_importance, check_matrix, check_row_weights
 from skfactor.codec.coders import CODERS
 from skfactor.codec.decoders import CodebookDecoder
 from skfactor.codec.tensor import CompressedTensor
-from skfactor.estimators._codebooks import Plan, assign_codes, solve_books, split_books, squared_error
+from skfactor.estimators._codebooks import Plan, Weights, assign_codes, solve_books, split_books, squared_error
+from skfactor.estimators._output import OutputProblem, choose_codes, fit_for_output
 from skfactor.estimators.base import BaseCompressor
+from skfactor.solvers.feedback import output_error
 from skfactor.solvers.kmeans1d import elbow_1d
 
 __all__ = ["KMeansWeightSharer"]
@@ -31,9 +33,10 @@ class KMeansWeightSharer(BaseCompressor):
     .. math:: \sum_{ij} w_{ij}\,(x_{ij} - c_{a(ij)})^2 + \lambda \sum_{ij} \mathrm{bits}(a(ij)),
 
     over the centroids :math:`c` and the codes :math:`a`; the weights :math:`w` come from `sample_weight` and
-    `importance`, and :math:`\lambda` is 0 unless `entropy_weight` is set. For scalars (`vector_size=1`) the default
-    finds the globally optimal centroids, deterministically and at any scale of the data [1]_; Deep Compression's
-    three starts followed by Lloyd's iterations [2]_ are there for comparison.
+    `importance`, and :math:`\lambda` is 0 unless `entropy_weight` is set. With `input_gram` it is the error of the
+    layer's output instead, :math:`\operatorname{tr}\,(X-\hat X)\,G\,(X-\hat X)^T`, that codes and centroids lower.
+    For scalars (`vector_size=1`) the default finds the globally optimal centroids, deterministically and at any scale
+    of the data [1]_; Deep Compression's three starts followed by Lloyd's iterations [2]_ are there for comparison.
 
     Parameters
     ----------
@@ -51,7 +54,8 @@ class KMeansWeightSharer(BaseCompressor):
         Keep weights that are exactly zero exactly zero: one of the `n_clusters` centroids is 0. Scalars only.
     entropy_weight : float, default=0.0
         Entropy-constrained sharing [3]_: price of one bit of the (ideal) entropy code of a weight, in units of
-        the mean weighted square of `X`. Clusters that do not earn their bits disappear.
+        the mean weighted square of `X` (of the layer's output per weight, with `input_gram`). Clusters that do
+        not earn their bits disappear.
     init : {"auto", "optimal", "linear", "density", "random", "k-means++"}, default="auto"
         "auto" is "optimal" for scalars and "k-means++" for sub-vectors. "linear", "density" and "random" start
         Lloyd's iterations as in Deep Compression.
@@ -78,6 +82,8 @@ class KMeansWeightSharer(BaseCompressor):
         Codes of the training data.
     inertia_ : float
         Weighted squared error of the training data.
+    output_error_ : float or None
+        Weighted squared error of the layer's output, when `input_gram` was given.
     lower_bound_ : float
         Certificate: no codebook of this size has a smaller `inertia_`. 0 where nothing better is known.
     code_lengths_ : ndarray of shape (n_codebooks, n_clusters) or None
@@ -99,6 +105,7 @@ class KMeansWeightSharer(BaseCompressor):
     .. [2] S. Han, H. Mao, W. Dally, "Deep Compression", ICLR 2016, :arxiv:`1510.00149`
     .. [3] P. Chou, T. Lookabaugh, R. Gray, "Entropy-constrained vector quantization", IEEE Trans. ASSP 37 (1989),
        :doi:`10.1109/29.17498`
+    .. [4] E. Frantar, S. Ashkboos, T. Hoefler, D. Alistarh, "GPTQ", ICLR 2023, :arxiv:`2210.17323`
 
     Examples
     --------
@@ -148,7 +155,7 @@ class KMeansWeightSharer(BaseCompressor):
         self.random_state = random_state
 
     @fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y=None, sample_weight=None, importance=None):
+    def fit(self, X, y=None, sample_weight=None, importance=None, input_gram=None):
         """Find the codebooks.
 
         Parameters
@@ -158,37 +165,50 @@ class KMeansWeightSharer(BaseCompressor):
         y : None
             Ignored.
         sample_weight : array-like of shape (n_rows,), default=None
-            Weight of each row's squared error.
-        importance : array-like of shape (n_rows, n_columns), default=None
-            Weight of each element's squared error, a Fisher diagonal for example. With `vector_size > 1` a
-            sub-vector counts with the mean of its elements' weights.
+            How many rows each row stands for.
+        importance : array-like of shape (n_rows, n_columns) or (n_rows, 1), default=None
+            Weight of each element's squared error, a Fisher diagonal for example; it does not change what a bit
+            costs. With `vector_size > 1` a sub-vector counts with the mean of its elements. With `input_gram` it
+            is the importance of each row's output, (n_rows, 1).
+        input_gram : array-like of shape (n_columns, n_columns) or (n_groups, n_columns, n_columns), default=None
+            Second moment of the layer's inputs, :math:`G = E[uu^T]`; one matrix per group of rows for a grouped
+            convolution. Codes are then chosen by error feedback [4]_ and coordinate descent, and centroids refit in
+            closed form; the result is never worse in output error than without.
 
         Returns
         -------
         self : KMeansWeightSharer
         """
         X = check_matrix(self, X, reset=True)
-        weights = check_element_weights(X, sample_weight, importance)
-        plan = self._resolve(X, weights)
+        weights = Weights(check_row_weights(X, sample_weight), check_importance(X, importance))
+        gram = None if input_gram is None else check_gram(input_gram, X)
+        plan = self._resolve(X, weights, gram)
 
         solution = solve_books(X, weights, plan)
+        codes = assign_codes(X, solution.codebooks, plan, code_lengths=solution.code_lengths,
+                             importance=weights.importance)
+        lower_bound, problem, error = solution.lower_bound, None, None
+        if gram is not None:
+            problem = OutputProblem(gram, _row_importance(weights), plan._replace(rng=None))
+            counts = None if weights.counts is None else weights.counts[:, 0]
+            solution, codes, uses_feedback, error = fit_for_output(X, solution, codes, problem, counts)
+            problem = problem if uses_feedback else None
 
-        decoder = CodebookDecoder(solution.codebooks, self.granularity, self.group_size, X.dtype.name)
-        labels = assign_codes(X, solution.codebooks, plan, code_lengths=solution.code_lengths, weights=weights)
-        self._plan = plan._replace(rng=None)
-        self.decoder_ = decoder
-        self.labels_ = labels
+        self.decoder_ = CodebookDecoder(solution.codebooks, self.granularity, self.group_size, X.dtype.name)
+        self.labels_ = codes
         self.cluster_centers_ = solution.codebooks[0] if len(solution.codebooks) == 1 else solution.codebooks
         self.code_lengths_ = solution.code_lengths
-        self.inertia_ = squared_error(X, decoder.decode(labels), weights)
-        self.lower_bound_ = min(solution.lower_bound, self.inertia_)
+        self.inertia_ = squared_error(X, self.decoder_.decode(codes), weights.of_error())
+        self.output_error_ = error
+        self.lower_bound_ = min(lower_bound, self.inertia_)
         self.n_iter_ = max(1, solution.n_iter)
+        self._solution, self._plan, self._problem = solution, plan._replace(rng=None), problem
         self._warn_of_fewer()
         return self
 
-    def fit_transform(self, X, y=None, sample_weight=None, importance=None):
+    def fit_transform(self, X, y=None, sample_weight=None, importance=None, input_gram=None):
         """Fit and return the codes of `X`; see `fit`."""
-        return self.fit(X, y, sample_weight=sample_weight, importance=importance).labels_
+        return self.fit(X, y, sample_weight=sample_weight, importance=importance, input_gram=input_gram).labels_
 
     def transform(self, X):
         """Codes of `X`: for every weight the number of its centroid.
@@ -207,7 +227,20 @@ class KMeansWeightSharer(BaseCompressor):
         if self.granularity in ("row", "group") and len(X) != len(self.labels_):
             raise ValueError(f"with granularity={self.granularity!r} X must have the {len(self.labels_)} rows of fit, "
                              f"got {len(X)}")
-        return self._assign(X, None)
+        if self._problem is not None:
+            return self._codes_for_output(X)
+        return assign_codes(X, self.decoder_.codebooks, self._plan, code_lengths=self.code_lengths_)
+
+    def _codes_for_output(self, X):
+        problem = self._problem
+        if problem.row_weight is not None:
+            # the importance of a row is known for the rows of fit only
+            known = problem.row_weight if len(X) == len(self.labels_) else np.full(len(X), problem.row_weight.mean())
+            problem = problem._replace(row_weight=known)
+        if len(X) % len(problem.gram):
+            raise ValueError(f"X must have a multiple of {len(problem.gram)} rows, one per group of input_gram, "
+                             f"got {len(X)}")
+        return choose_codes(X, self._solution, problem).astype(self.labels_.dtype)
 
     def elbow_curve(self, X, k_max=64, *, sample_weight=None, importance=None):
         """Inertia of the optimal codebook of every size up to `k_max`, in one pass.
@@ -228,14 +261,14 @@ class KMeansWeightSharer(BaseCompressor):
             raise ValueError(f"k_max must be an integer of at least 1, got {k_max!r}")
         probe = type(self)(**self.get_params())  # validates X and leaves this estimator as it is
         X = check_matrix(probe, X, reset=True)
-        weights = check_element_weights(X, sample_weight, importance)
-        plan = probe._resolve(X, weights)
+        weights = Weights(check_row_weights(X, sample_weight), check_importance(X, importance))
+        plan = probe._resolve(X, weights, None)
         if plan.vector_size > 1:
             raise ValueError(f"elbow_curve needs vector_size=1, got {plan.vector_size}")
         books = split_books(X, plan)
         book_weights = [None] * len(books)
-        if weights is not None:
-            book_weights = split_books(np.broadcast_to(weights, X.shape), plan)
+        if weights.of_error() is not None:
+            book_weights = split_books(np.broadcast_to(weights.of_error(), X.shape), plan)
         return sum(elbow_1d(book[:, 0], k_max, weights=None if w is None else w[:, 0])
                    for book, w in zip(books, book_weights))
 
@@ -288,7 +321,7 @@ class KMeansWeightSharer(BaseCompressor):
         prefix = type(self).__name__.lower()
         return np.asarray([f"{prefix}{i}" for i in range(self.labels_.shape[1])], dtype=object)
 
-    def _resolve(self, X, weights):
+    def _resolve(self, X, weights, gram):
         """Turn the parameters into locals of the fit; raise on combinations that mean nothing."""
         vector = self.vector_size > 1
         init = self.init if self.init != "auto" else ("k-means++" if vector else "optimal")
@@ -308,12 +341,23 @@ class KMeansWeightSharer(BaseCompressor):
             raise ValueError(f"entropy_weight needs init='auto' or 'optimal', got {self.init!r}")
         if self.certify and init != "optimal":
             raise ValueError(f"certify needs init='auto' or 'optimal', got {self.init!r}")
+        if gram is not None:
+            self._check_output_mode(weights)
         return Plan(self.n_clusters, self.granularity, self.group_size or 1, self.vector_size, self.preserve_zeros,
-                    self.entropy_weight * _mean_square(X, weights), init, self.max_iter, self.tol, self.n_init,
+                    self.entropy_weight * _mean_square(X, weights, gram), init, self.max_iter, self.tol, self.n_init,
                     self.certify, check_random_state(self.random_state))
 
-    def _assign(self, X, weights):
-        return assign_codes(X, self.decoder_.codebooks, self._plan, code_lengths=self.code_lengths_, weights=weights)
+    def _check_output_mode(self, weights):
+        if self.granularity == "column":
+            raise ValueError("input_gram needs granularity='tensor', 'row' or 'group', got 'column'")
+        special = [name for name, on in (("vector_size", self.vector_size > 1), ("preserve_zeros", self.preserve_zeros),
+                                         ("entropy_weight", self.entropy_weight > 0)) if on]
+        if special and self.granularity != "tensor":
+            raise ValueError(f"input_gram with {special[0]} needs granularity='tensor', got {self.granularity!r}")
+        importance = weights.importance
+        if importance is not None and np.ptp(importance, axis=1).any():
+            raise ValueError("with input_gram the importance must be one number per row, (n_rows, 1), got different "
+                             "values within a row")
 
     def _warn_of_fewer(self):
         found = self.decoder_.codebooks.shape[1]
@@ -324,7 +368,18 @@ class KMeansWeightSharer(BaseCompressor):
                           ConvergenceWarning, stacklevel=4)
 
 
-def _mean_square(X, weights):
-    if weights is None:
-        return float(np.square(X, dtype=np.float64).mean())
-    return float((np.square(X, dtype=np.float64) * weights).mean())
+def _row_importance(weights):
+    return None if weights.importance is None else np.ascontiguousarray(weights.importance[:, 0])
+
+
+def _mean_square(X, weights, gram):
+    """Mean weighted square of an element of `X`, or of its part in the output of the layer."""
+    w = weights.of_error()
+    if gram is None:
+        square = np.square(X, dtype=np.float64)
+        total = float((square if w is None else square * w).sum())
+    else:
+        row_weight = None if w is None else np.ascontiguousarray(w[:, 0])
+        total = output_error(X, np.zeros_like(X), gram, row_weight=row_weight)
+    n_elements = X.size if weights.counts is None else weights.counts.sum() * X.shape[1]
+    return total / n_elements

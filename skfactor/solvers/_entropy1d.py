@@ -114,11 +114,11 @@ def assign_1d_entropy(x, centers, code_lengths, entropy_weight, *, weights=None,
     return labels.reshape(x.shape)
 
 
-def entropy_kmeans_1d(x, n_clusters, *, entropy_weight, weights=None, max_iter=500, tol=1e-9):
+def entropy_kmeans_1d(x, n_clusters, *, entropy_weight, weights=None, counts=None, max_iter=500, tol=1e-9):
     """Scalar codebook that minimises distortion plus rate.
 
-    Minimises ``sum_i w_i (x_i - c_{l_i})^2 + entropy_weight * sum_i bits_{l_i}`` over centres, labels and code
-    lengths ``bits_k = -log2(share of the labels equal to k)`` by alternating the three [1]_, each exact given the
+    Minimises ``sum_i n_i (w_i (x_i - c_{l_i})^2 + entropy_weight * bits_{l_i})`` over centres, labels and code
+    lengths ``bits_k = -log2(share of the labels equal to k)``, with weights w and counts n that are 1 by default, by alternating the three [1]_, each exact given the
     others. It starts from the k-means optimum and from uniform codebooks, which are near-optimal at high rate [2]_,
     and keeps the best. Codes that no value takes disappear.
 
@@ -131,6 +131,8 @@ def entropy_kmeans_1d(x, n_clusters, *, entropy_weight, weights=None, max_iter=5
         Price of one bit, in units of ``x`` squared, >= 0.
     weights : ndarray of shape (n,), default=None
         Weight of every squared error, >= 0. Every value counts once in the rate whatever its weight.
+    counts : ndarray of shape (n,), default=None
+        How many values each one stands for, >= 0, in the error and in the rate.
     max_iter : int, default=500
     tol : float, default=1e-9
         Stop when the objective falls by less than ``tol`` relative to itself.
@@ -157,14 +159,19 @@ def entropy_kmeans_1d(x, n_clusters, *, entropy_weight, weights=None, max_iter=5
     if not 0 <= entropy_weight < np.inf:
         raise ValueError(f"entropy_weight must be finite and at least 0, got {entropy_weight}")
     x, weights = check_samples(x, weights, n_clusters)
-    data, exponent = prepare(x, None)
+    if counts is not None:
+        counts = check_samples(x, counts)[1]
+        used = counts > 0
+        x, counts, weights = x[used], counts[used], None if weights is None else weights[used]
+    data, exponent = prepare(x, counts)
     price = float(np.ldexp(entropy_weight, -2 * exponent))
     if weights is None:
         problem, run = data, _interval_run
         optimum = data
     else:
-        problem, run = (np.ldexp(x.astype(np.float64), -exponent) - data.shift, weights), _weighted_run
-        optimum = prepare(x, weights, exponent)[0]
+        counts = np.ones(x.size) if counts is None else counts
+        problem, run = (np.ldexp(x.astype(np.float64), -exponent) - data.shift, weights, counts), _weighted_run
+        optimum = prepare(x, weights * counts, exponent)[0]
     best = None
     for start in _starts(data, optimum, n_clusters, price):
         result = run(problem, start, price, max_iter, tol)
@@ -227,12 +234,13 @@ def _interval_run(data, centers, price, max_iter, tol):
 
 def _weighted_run(problem, centers, price, max_iter, tol):
     """Alternate from ``centers`` when every value weighs its own error: the cells may interleave."""
-    x, w = problem
+    x, importance, n = problem
+    w = importance * n
     bits = np.zeros(centers.size)
     best = None
     for n_iter in range(1, max_iter + 1):
-        labels = assign_1d_entropy(x, centers, bits, price, weights=w)
-        counts = np.bincount(labels, minlength=centers.size)
+        labels = assign_1d_entropy(x, centers, bits, price, weights=importance)
+        counts = np.bincount(labels, weights=n, minlength=centers.size)
         mass = np.bincount(labels, weights=w, minlength=centers.size)
         sums = np.bincount(labels, weights=w * (x - centers[labels]), minlength=centers.size)
         moved = centers + np.divide(sums, mass, out=np.zeros(centers.size), where=mass > 0)

@@ -43,8 +43,8 @@ def feedback_quantize(X, centers, gram, *, code_lengths=None, entropy_weight=0.0
     ----------
     X : ndarray of shape (n, d)
         Weights, one filter per row.
-    centers : ndarray of shape (k,)
-        Codebook, in any order.
+    centers : ndarray of shape (k,) or (n, k)
+        Codebook, in any order; or one codebook per row, ascending.
     gram : ndarray of shape (d, d) or (g, d, d)
         Second moment (or covariance, if a bias takes up the mean) of the layer's inputs. With ``g`` matrices the rows
         are split evenly over ``g`` groups, as in a grouped convolution.
@@ -74,7 +74,8 @@ def feedback_quantize(X, centers, gram, *, code_lengths=None, entropy_weight=0.0
     X, centers = np.asarray(X, dtype=np.float64), np.asarray(centers, dtype=np.float64)
     codes = np.empty(X.shape, dtype=np.int64)
     for rows, G in _groups(len(X), gram):
-        choose = _Chooser(centers, *_rate(code_lengths, entropy_weight, row_weight, X.shape, rows))
+        table = centers if centers.ndim == 1 else centers[rows]
+        choose = _Chooser(table, *_rate(code_lengths, entropy_weight, row_weight, X.shape, rows))
         codes[rows] = _sweep(X[rows], G, choose, damping)
     return codes
 
@@ -109,7 +110,8 @@ def refine_codes(X, codes, centers, gram, *, code_lengths=None, entropy_weight=0
     X, centers = np.asarray(X, dtype=np.float64), np.asarray(centers, dtype=np.float64)
     out = np.array(codes, dtype=np.int64)
     for rows, G in _groups(len(X), gram):
-        choose = _Chooser(centers, *_rate(code_lengths, entropy_weight, row_weight, X.shape, rows))
+        table = centers if centers.ndim == 1 else centers[rows]
+        choose = _Chooser(table, *_rate(code_lengths, entropy_weight, row_weight, X.shape, rows))
         out[rows] = _descend(X[rows], out[rows], G, choose, n_passes)
     return out
 
@@ -232,17 +234,29 @@ def output_error(X, X_hat, gram, *, row_weight=None):
 
 
 class _Chooser:
-    """Best code of every row at one column: argmin over k of ``precision_i (t_i - c_k)² + cost[class_ij, k]``."""
+    """Best code of every row at one column: argmin over k of ``precision_i (t_i - c_ik)² + cost[class_ij, k]``."""
 
     def __init__(self, centers, cost, classes, row_weight):
         self.centers, self.cost, self.classes, self.row_weight = centers, cost, classes, row_weight
-        self.order = np.argsort(centers, kind="stable")
-        self.middles = (centers[self.order][1:] + centers[self.order][:-1]) / 2
+        self.shared = centers.ndim == 1
+        if self.shared:
+            self.order = np.argsort(centers, kind="stable")
+            self.middles = (centers[self.order][1:] + centers[self.order][:-1]) / 2
+        else:
+            self.middles = (centers[:, 1:] + centers[:, :-1]) / 2
+
+    def values(self, codes):
+        """The centers that codes (n,) or (n, d) stand for."""
+        if self.shared:
+            return self.centers[codes]
+        return np.take_along_axis(self.centers, codes.reshape(len(codes), -1), axis=1).reshape(codes.shape)
 
     def __call__(self, t, precision, j):
         if self.cost is None:
-            # "left" sends a tie to the smaller center, as an argmin over sorted centers does
-            return self.order[np.searchsorted(self.middles, t, side="left")]
+            # a tie goes to the smaller center, as in an argmin over sorted centers
+            if self.shared:
+                return self.order[np.searchsorted(self.middles, t, side="left")]
+            return (t[:, None] > self.middles).sum(axis=1)
         distortion = t[:, None] - self.centers
         distortion *= distortion
         distortion *= (precision * self.row_weight)[:, None]
@@ -281,9 +295,8 @@ def _damped(G, damping):
     return G
 
 
-def _inverse_root(G, damping):
-    """Order of falling input power and U, upper triangular, with ``(G + δI)⁻¹ = UᵀU`` in that order."""
-    order = np.argsort(-np.diag(G), kind="stable")
+def _inverse_root(G, damping, order):
+    """U, upper triangular, with ``(G + δI)⁻¹ = UᵀU`` for the columns in the order given."""
     G = _damped(G[np.ix_(order, order)], damping)
     jitter = 1e-12 * np.trace(G) / len(G)
     for _ in range(6):
@@ -294,12 +307,13 @@ def _inverse_root(G, damping):
             G = G + jitter * np.eye(len(G))
             jitter *= 100
         else:
-            return order, solve_triangular(L, np.eye(len(G)), lower=True)[::-1, ::-1]
+            return solve_triangular(L, np.eye(len(G)), lower=True)[::-1, ::-1]
     raise ValueError("gram must be symmetric and positive semi-definite")
 
 
 def _sweep(X, gram, choose, damping):
-    order, U = _inverse_root(gram, damping)
+    order = np.argsort(-np.diag(gram), kind="stable")
+    U = _inverse_root(gram, damping, order)
     W = X[:, order]
     codes = np.empty(X.shape, dtype=np.int64)
     d = X.shape[1]
@@ -309,14 +323,14 @@ def _sweep(X, gram, choose, damping):
         for j in range(start, stop):
             chosen = choose(W[:, j], U[j, j] ** -2, order[j])
             codes[:, order[j]] = chosen
-            errors[:, j - start] = (W[:, j] - choose.centers[chosen]) / U[j, j]
+            errors[:, j - start] = (W[:, j] - choose.values(chosen)) / U[j, j]
             W[:, j + 1 : stop] -= errors[:, j - start, None] * U[j, j + 1 : stop]
         W[:, stop:] -= errors @ U[start:stop, stop:]
     return codes
 
 
 def _descend(X, codes, G, choose, n_passes):
-    codes, values = codes.copy(), choose.centers[codes]
+    codes, values = codes.copy(), choose.values(codes)
     d = X.shape[1]
     for _ in range(n_passes):
         slope = (X - values) @ G  # afresh in every pass, so that rounding does not add up
@@ -329,10 +343,11 @@ def _descend(X, codes, G, choose, n_passes):
                 power = G[j, j]
                 target = values[:, j] + local[:, j - start] / power if power > 0 else values[:, j]
                 chosen = choose(target, power, j) if power > 0 or choose.cost is not None else codes[:, j]
-                move = choose.centers[chosen] - values[:, j]
+                new = choose.values(chosen)
+                move = new - values[:, j]
                 if not np.array_equal(chosen, codes[:, j]):
                     changed = True
-                    codes[:, j], values[:, j] = chosen, choose.centers[chosen]
+                    codes[:, j], values[:, j] = chosen, new
                     moved[:, j - start] = move
                     local -= move[:, None] * inner[j - start]
             slope[:, stop:] -= moved @ G[start:stop, stop:]
