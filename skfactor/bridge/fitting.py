@@ -234,16 +234,19 @@ def _fit(item: _Item, estimator: Any, bits: np.ndarray, side: dict[str, np.ndarr
     fitted = clone(estimator)
     fitted.fit(X, **fit_params(fitted, **side))
     tensor = compressed_tensor(fitted, X, shape=shape, dtype=dtype, layout=layout)
-    seconds = time.perf_counter() - start
-    X_hat = layout.to_matrix(_floats(tensor.to_array(), dtype))
-    _check_reconstruction(X_hat)
     kappa = getattr(steps_of(fitted)[-1][1], "kappa_", None)
     record = replace(
-        item.record, estimator=_one_line(estimator), relative_error=_relative_error(X, X_hat),
-        output_error=_output_error(X, X_hat, side.get("input_gram")), kappa=None if kappa is None else float(kappa),
-        n_clusters=tensor.decoders[-1].code_hints().get("n_symbols"), seconds=seconds, info=_fit_info(fitted),
+        item.record, estimator=_one_line(estimator), kappa=None if kappa is None else float(kappa),
+        n_clusters=tensor.decoders[-1].code_hints().get("n_symbols"), seconds=time.perf_counter() - start,
+        info=_fit_info(fitted),
     )
-    return Fitted(tensor, fitted if item.keep_estimator else None, record)
+    kept = fitted if item.keep_estimator else None
+    del fitted  # before the reconstruction: its labels may be as large as the tensor
+    X_hat = layout.to_matrix(_floats(tensor.to_array(), dtype))
+    _check_reconstruction(X_hat)
+    record = replace(record, relative_error=_relative_error(X, X_hat),
+                     output_error=_output_error(X, X_hat, side.get("input_gram")))
+    return Fitted(tensor, kept, record)
 
 
 def _floats(bits: np.ndarray, dtype: str) -> np.ndarray:
