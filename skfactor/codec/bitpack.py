@@ -174,26 +174,34 @@ class BitReader:
 def write_profile(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return fields and lengths of a slowly varying list of non-negative integers.
 
-    Differences of neighbours, folded to non-negative numbers, in the Exp-Golomb code of the order 0 to 3
-    that is shortest; two bits name the order. Sorted codebooks have smooth histograms, so this costs 2
-    to 4 bits an entry.
+    The numbers of zeros at both ends come first; then the differences of neighbours, folded to non-negative
+    numbers, in the Exp-Golomb code of the order 0 to 3 that is shortest; two bits name the order. Sorted codebooks
+    have smooth histograms, so this costs 2 to 4 bits an entry.
     """
-    delta = np.diff(np.asarray(values, dtype=np.int64), prepend=0)
+    values = np.asarray(values, dtype=np.int64)
+    used = np.flatnonzero(values)
+    ends = (int(used[0]), len(values) - 1 - int(used[-1])) if len(used) else (len(values), 0)
+    end_fields, end_lengths = exp_golomb(np.array(ends), 0)
+    delta = np.diff(values[ends[0] : len(values) - ends[1]], prepend=0)
     folded = np.where(delta > 0, 2 * delta - 1, -2 * delta)
     fields = [exp_golomb(folded, k) for k in range(4)]
     best = min(range(4), key=lambda k: int(fields[k][1].sum()))
     return (
-        np.concatenate([[best], fields[best][0]]),
-        np.concatenate([[2], fields[best][1]]),
+        np.concatenate([end_fields, [best], fields[best][0]]),
+        np.concatenate([end_lengths, [2], fields[best][1]]),
     )
 
 
 def read_profile(reader: BitReader, n_values: int, maximum: int) -> np.ndarray:
     """Invert :func:`write_profile`; refuse values outside ``[0, maximum]``."""
+    first = reader.read_exp_golomb(0)
+    last = n_values - reader.read_exp_golomb(0)
+    if not 0 <= first <= last <= n_values:
+        raise FormatError(f"profile of {n_values} entries cannot begin at {first} and end at {last}")
     order = reader.read(2)
-    out = np.empty(n_values, dtype=np.int64)
+    out = np.zeros(n_values, dtype=np.int64)
     value = 0
-    for i in range(n_values):
+    for i in range(first, last):
         folded = reader.read_exp_golomb(order)
         value += (folded + 1) >> 1 if folded & 1 else -(folded >> 1)
         if not 0 <= value <= maximum:

@@ -316,8 +316,6 @@ def _candidates(flat, problem, *, everything=False):
     for name in CODERS:
         if name == "constant" or (name in _SLOW and flat.size > FAST_ABOVE and not everything):
             continue
-        if name == "bytes" and not everything and problem.n_symbols <= ans.MAX_SYMBOLS:
-            continue  # the order-0 coders do as well on alphabets that they take
         payload = _CODECS[name][0](flat, problem)
         if payload is not None:
             yield name, payload
