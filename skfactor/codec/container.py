@@ -37,7 +37,7 @@ _WIDE_HEADER = 80  # holds N of 13 digits; a file of less than 100 kB gets 64
 _TIGHT_FILE = 99_999
 #: A file decodes to at most _RATIO times its size + _FREE bytes unless the reader raises `max_bytes`; the writer pads
 #: a file that would exceed this.
-_RATIO, _FREE = 4096, 1 << 26
+_RATIO, _FREE = 4096, 1 << 25
 #: The same for the work of reading the index.
 _INDEX_RATIO, _INDEX_FREE = 64, 1 << 18
 
@@ -280,7 +280,7 @@ class SkfFile:
         A file object must be seekable; it stays open when the SkfFile is closed.
     max_bytes : int, optional
         Largest number of bytes that all tensors together may decode to (codes and decoder arrays counted). By
-        default 4096 times the size of the file + 64 MiB; a file of SkfWriter never needs more.
+        default 4096 times the size of the file + 32 MiB; a file of SkfWriter never needs more.
 
     Attributes
     ----------
@@ -345,7 +345,7 @@ class SkfFile:
         if len(self._index.packs) != len(packs):
             raise FormatError(f"the index names the coders of {len(self._index.packs)} packs, the tensors have "
                               f"{len(packs)}")
-        self._pack_coder = dict(zip(sorted(packs, key=packs.get), self._index.packs))
+        self._pack_coder = dict(zip(sorted(packs, key=packs.get), map(coder_name, self._index.packs)))
         self._read_table(reader, start, len(region))
         decoded = sum(item.nbytes for item in self._arrangement.items.values())
         limit = _FREE + _RATIO * self.nbytes_total if max_bytes is None else max_bytes
@@ -492,7 +492,7 @@ class SkfFile:
         how = entry["data"] if "data" in entry else entry["codes"][2:]
         records = [record[2:] for _, _, arrays in chain for record in arrays.values()] + [how]
         coders = [coder_name(c) for record in records for part in record[1:] if isinstance(part, list) for c in part]
-        coders += [coder_name(self._pack_coder[pack]) for pack, _, _ in item.small]
+        coders += [self._pack_coder[pack] for pack, _, _ in item.small]
         described = {"kind": "raw" if "data" in entry else "compressed", "dtype": entry["dtype"],
                      "shape": tuple(entry["shape"]), "nbytes": self.nbytes(name), "nbytes_decoded": item.nbytes,
                      "coders": list(dict.fromkeys(coders))}

@@ -8,14 +8,15 @@ BatchNorm vectors) that share streams with those of other tensors; `put_together
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from skfactor.codec.coders import decode_bytes, decode_codes, encode_bytes, encode_codes
-from skfactor.codec.decoders import Decoder, decoder_from_parts
+from skfactor.codec.coders import FAST_ABOVE, decode_bytes, decode_codes, encode_bytes, encode_codes
+from skfactor.codec.decoders import CodebookDecoder, Decoder, IdentityDecoder, decoder_from_parts
 from skfactor.codec.dtypes import DTYPES, host_dtype, is_float
 from skfactor.codec.floats import bits_of, find_grid, find_line, grid_values, line_values
 from skfactor.codec.index import TAIL_BYTES, Index, encode_region
@@ -37,7 +38,7 @@ __all__ = [
 SMALL_BYTES = 1 << 16  # arrays below share a stream with those of other tensors
 PACK_BYTES = 1 << 20  # a shared stream is closed once it holds this much
 CHUNK_BYTES = 1 << 20  # larger payload is coded in pieces, which bounds the coder's working memory
-CHUNK_CODES = 1 << 21
+CHUNK_CODES = 1 << 19
 MAX_RANGE = 1 << 16  # integer codes without hints that span more are stored as plain integers
 _DTYPES = {np.dtype(host).str for _, host in DTYPES.values()}
 _MAX_SIZE = 1 << 48
@@ -85,7 +86,15 @@ class Parts(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What an entry needs to be read: number of streams, small arrays (dtype, count), bytes it decodes to."""
+    """What an entry needs to be read.
+
+    Attributes
+    ----------
+    n_streams : int
+    small : list of (dtype, count)
+    nbytes : int
+        Bytes that it decodes to: decoder arrays, codes, and the matrix in float32 or float64; of a raw tensor itself.
+    """
 
     n_streams: int
     small: list[tuple[str, int]]
@@ -195,17 +204,32 @@ def _encode_bytes_chunks(flat: np.ndarray) -> tuple[list[int | str], list[bytes]
     return [_coder_number(name) for name, _ in coded], [payload for _, payload in coded]
 
 
+_FAST = ("constant", "packed", "ans", "sparse")
+
+
+def _encode_fast(codes, n_symbols, *, zero, kernel) -> tuple[str, bytes]:
+    """The smallest of the coders that decode a large tensor in about a second."""
+    coded = []
+    for coder in _FAST:
+        with contextlib.suppress(ValueError):
+            coded.append(encode_codes(codes, n_symbols, coder=coder, zero=zero, kernel=kernel))
+    return min(coded, key=lambda name_payload: len(name_payload[1]))
+
+
 def _encode_codes_chunks(codes, n_symbols, *, coder="auto", zero=None, kernel=1) -> tuple[list[int | str], list[bytes]]:
     """Code a matrix by blocks of rows; 'auto' is decided on the first and kept where it can code the others."""
     names, payloads = [], []
     for rows in _row_chunks(codes.shape):
         wanted = names[0] if names else coder
         try:
-            coded = encode_codes(codes[rows], n_symbols, coder=wanted, zero=zero, kernel=kernel)
+            if wanted == "auto" and codes.size > FAST_ABOVE:
+                coded = _encode_fast(codes[rows], n_symbols, zero=zero, kernel=kernel)
+            else:
+                coded = encode_codes(codes[rows], n_symbols, coder=wanted, zero=zero, kernel=kernel)
         except ValueError:
             if wanted == coder:
                 raise
-            coded = encode_codes(codes[rows], n_symbols, zero=zero, kernel=kernel)
+            coded = _encode_fast(codes[rows], n_symbols, zero=zero, kernel=kernel)
         names.append(coded[0])
         payloads.append(coded[1])
     return [_coder_number(name) for name in names], payloads
@@ -527,7 +551,7 @@ def plan(entry: Any) -> Plan:
     shape, layout = _checked_entry(entry)
     n_streams, small, nbytes = 0, [], 0
     if layout is not None:
-        nbytes = math.prod(shape) * host_dtype(entry["dtype"]).itemsize
+        nbytes = math.prod(shape) * max(4, host_dtype(entry["dtype"]).itemsize)
     for what, how, dtype, array_shape, codes in _array_records(entry, shape, layout):
         part = _plan_array(how, dtype, array_shape, what, codes=codes)
         n_streams += part.n_streams
@@ -547,15 +571,35 @@ def _rebuilt_decoder(name: str, params: dict[str, Any], arrays: dict[str, np.nda
     return decoder
 
 
+def _decoded_shape(decoder: Decoder, codes_shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Shape of `decoder.decode(codes)`, found without decoding; None where a decoder cannot tell.
+
+    A decoder tells by a method `decoded_shape(codes_shape)`.
+    """
+    if hasattr(decoder, "decoded_shape"):
+        return decoder.decoded_shape(codes_shape)
+    if isinstance(decoder, IdentityDecoder):
+        return codes_shape
+    if isinstance(decoder, CodebookDecoder):
+        n_rows, n_codes = codes_shape
+        n_books, _, vector_size = decoder.codebooks.shape
+        group = decoder.group_size if decoder.granularity == "group" else 1
+        needed = {"tensor": 1, "row": n_rows, "column": n_codes, "group": -(-n_rows // group)}[decoder.granularity]
+        if n_books != needed and n_rows and n_codes:
+            raise ValueError(f"granularity {decoder.granularity!r} needs {needed} codebooks, got {n_books}")
+        return n_rows, n_codes * vector_size
+    return None
+
+
 def _check_chain(decoders: list[Decoder], codes: np.ndarray, layout: Layout) -> None:
-    """Follow the shapes through the chain, where decoders can tell them, before anything is decoded."""
-    shape = codes.shape
+    """Follow the shapes through the chain before anything is decoded: a small codebook must not become a large tensor.
+
+    Stops at the first decoder that cannot tell.
+    """
+    shape: tuple[int, ...] | None = codes.shape
     for decoder in reversed(decoders):
-        tell = getattr(decoder, "decoded_shape", None)
-        if tell is None:
-            return
         try:
-            shape = tell(shape)
+            shape = _decoded_shape(decoder, shape)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise FormatError(f"codes of shape {shape} do not fit decoder {decoder.name!r}: {error}") from error
         if shape is None:
@@ -565,8 +609,7 @@ def _check_chain(decoders: list[Decoder], codes: np.ndarray, layout: Layout) -> 
 
 
 def put_together(entry: Any, source: Source) -> CompressedTensor | RawTensor:
-    """Inverse of `take_apart`; FormatError if anything does not fit."""
-    plan(entry)
+    """Inverse of `take_apart` for an entry that has passed `plan`; FormatError if what is read does not fit it."""
     shape, layout = _checked_entry(entry)
     records = list(_array_records(entry, shape, layout))
     if layout is None:
