@@ -9,7 +9,7 @@ References
 import numpy as np
 
 from skfactor.solvers._optimal1d import KMeans1DResult, check_samples, prepare
-from skfactor.solvers._prefix import interval_inertia, sums_at
+from skfactor.solvers._prefix import cell_means, interval_inertia
 from skfactor.solvers._windows1d import cut
 
 INIT_METHODS = ("linear", "density", "random")
@@ -91,9 +91,8 @@ def lloyd_1d(x, centers, *, weights=None, max_iter=300, tol=0.0):
         edges = cut(data.x, centers)
         if borders is not None and np.array_equal(edges, borders):
             break
-        borders = _repair_empty(data, edges, centers)
-        s, t = sums_at(data, borders)
-        centers = data.origin + np.diff(s) / np.diff(t)
+        borders = _repair_empty(data, edges)
+        centers = cell_means(data, borders)
         if tol > 0:
             inertia = interval_inertia(data, borders, centers)
             if previous - inertia <= tol * inertia:
@@ -104,20 +103,20 @@ def lloyd_1d(x, centers, *, weights=None, max_iter=300, tol=0.0):
     return KMeans1DResult((centers + data.shift) * scale, inertia, 0.0, n_iter)
 
 
-def _repair_empty(data, borders, centers):
-    """Borders with every empty cell moved: the farthest cell ends become cells of their own."""
-    empty = int(np.count_nonzero(np.diff(borders) == 0))
-    if not empty:
-        return borders
-    full = np.flatnonzero(np.diff(borders))
-    edges = np.append(borders[full], data.size)
-    first, last = edges[:-1], edges[1:] - 1
-    centers = centers[full]
-    reach = np.concatenate((centers - data.x[first], data.x[last] - centers)) ** 2
-    if data.w is not None:
-        reach *= np.concatenate((data.w[first], data.w[last]))
-    extra = np.concatenate((first + 1, last))
-    # Both ends of a two-sample cell are the same split.
-    apart = np.concatenate((last > first, last > first + 1)) & (reach > 0)
-    order = np.argsort(-np.where(apart, reach, -1.0))[: min(empty, np.count_nonzero(apart))]
-    return np.unique(np.concatenate((edges, extra[order])))
+def _repair_empty(data, borders):
+    """Borders with every empty cell moved: the ends of cells farthest from their means become cells of their own."""
+    cells = borders.size - 1
+    borders = np.unique(borders)
+    while borders.size - 1 < cells:
+        centers = cell_means(data, borders)
+        first, last = borders[:-1], borders[1:] - 1
+        reach = np.concatenate((centers - data.x[first], data.x[last] - centers)) ** 2
+        if data.w is not None:
+            reach *= np.concatenate((data.w[first], data.w[last]))
+        # Both ends of a two-sample cell are the same split; a cell of equal values has none.
+        apart = np.tile(data.x[last] > data.x[first], 2) & np.concatenate((last > first, last > first + 1))
+        order = np.argsort(-np.where(apart, reach, -1.0))[: min(cells + 1 - borders.size, np.count_nonzero(apart))]
+        if order.size == 0:
+            break
+        borders = np.unique(np.concatenate((borders, np.concatenate((first + 1, last))[order])))
+    return borders

@@ -63,7 +63,7 @@ def prepare(x, weights, exponent=None):
     """Sort, scale to a safe range and build prefix sums -> ``(SortedSamples, exponent)``, x = 2**exponent * x'."""
     x, w, shift = sort_samples(x, weights)
     top = max(abs(float(x[0])), abs(float(x[-1])))
-    if not np.isfinite(top):
+    if not np.isfinite(x[[0, -1]]).all():
         raise ValueError("x must be finite, got NaN or infinity")
     if exponent is None:
         # Squares must neither overflow nor vanish.

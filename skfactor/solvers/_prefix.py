@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 _BLOCK = 32
+_FEW = 2
 _SMALL = 1 << 14  # below this every prefix sum is stored
 _CHUNK = 1 << 15  # samples per pass of a streaming loop: temporaries stay in the cache
 
@@ -157,7 +158,11 @@ def sums_at(data, p):
 def cell_means(data, borders):
     """Means of the cells ``borders[k]:borders[k+1]`` (k,), about the data's own zero."""
     s, t = sums_at(data, borders)
-    return data.origin + np.diff(s) / np.diff(t)
+    means = data.origin + np.diff(s) / np.diff(t)
+    for k in np.flatnonzero(np.diff(borders) <= _FEW):  # differences of long sums are too coarse for few samples
+        cell = slice(borders[k], borders[k + 1])
+        means[k] = np.average(data.x[cell].astype(np.float64), weights=None if data.w is None else data.w[cell])
+    return means
 
 
 def interval_inertia(data, borders, centers):

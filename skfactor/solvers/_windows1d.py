@@ -51,8 +51,8 @@ def compander_borders(data, n_clusters):
     room = np.diff(knots).astype(np.float64)  # borders that fit between two knots
     g = np.cbrt(mass * np.diff(x) ** 2)
     for _ in range(30):
-        # A gap between two samples takes one border, however wide it is.
-        cap = room * (g.sum() / n_clusters)
+        # A gap between two samples takes one border, however wide it is (5 % more than one step, to be sure of it).
+        cap = room * (1.05 * g.sum() / n_clusters)
         if (g <= cap * 1.01).all():
             break
         g = np.minimum(g, cap)
@@ -113,7 +113,7 @@ def _window(borders, tau, half):
 
 
 def _joint_move(data, borders, positions):
-    """Best combination of one position per border, by dynamic programming; returns the chosen columns and what is gained.
+    """Best combination of one position per border -> chosen columns and what they gain.
 
     With cell means ``r_k``, moving border k by samples of weight ``c`` and sum ``d`` (about the midpoint of its two
     means, half distance h) changes the cost against fixed means by ``4 h d``; refitting the means then
