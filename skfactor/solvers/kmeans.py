@@ -26,7 +26,7 @@ _WORK_PER_THREAD = 2_000_000
 _N_NEAR = 64
 _OVER_RELAXATION = 1.8
 # Multiply-adds of k-means++ above which centres are drawn in batches.
-_GREEDY_WORK = 200_000_000
+_GREEDY_WORK = 30_000_000
 
 
 class KMeansResult(NamedTuple):

@@ -107,7 +107,11 @@ def test_no_kept_step_raises_the_inertia(k):
     points = module._points(space.rows, None)
     centers = space.rows[:k, :-1].copy()
     labels = module._assign(points.rows, module._augment(centers, X.dtype), None)
-    trace = [module._lloyd(points, labels, centers, (t, 0.0), None)[0].inertia for t in range(1, 40)]
+    states = [module._lloyd(points, labels, centers, (t, 0.0), None)[0] for t in range(1, 40)]
+    trace = [state.inertia for state in states]
+    means = states[-1].sums / states[-1].masses[:, None]
+    exact = ((points.rows[:, :-1] - means[states[-1].labels]) ** 2).sum()
+    np.testing.assert_allclose(trace[-1], exact, rtol=1e-12)
     assert (np.diff(trace) <= 1e-12 * trace[0]).all()
     assert trace[-1] < 0.95 * trace[0]
 
