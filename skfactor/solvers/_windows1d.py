@@ -62,7 +62,7 @@ def compander_borders(data, n_clusters):
     return spread(np.ceil(at).astype(np.intp))  # a place between samples p and p + 1 is border p + 1
 
 
-def refine(data, borders, inertia, *, tau=1 / 32, half=16):
+def refine(data, borders, inertia, *, tau, half):
     """Joint moves of all borders over ever finer windows, until nothing is left to gain.
 
     Parameters

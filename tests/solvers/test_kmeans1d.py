@@ -230,7 +230,7 @@ def test_refinement_repairs_a_shifted_start():
     best = kmeans_1d(x, 32, certify=True).inertia
     start = compander_borders(data, 32)
     start[1:-1] += 20
-    borders, _ = refine(data, start, best, tau=1 / 8)
+    borders, _ = refine(data, start, best, tau=1 / 8, half=16)
     assert settle(data, borders)[1] <= best * (1 + 1e-3)
 
 
