@@ -49,6 +49,8 @@ _WEIGHT_ONE = 4096.0
 _MAX_LOGIT = 12
 _MAX_BLOCK = 1 << 18  # 2**(9 + 9 + 16 + 18) < 2**53: sums over a block are exact
 
+_TAIL = 64  # decisions that are decoded again to find the shortest end of a stream
+
 _N_FEATURES = 12
 # Prior weights and their precisions: frequency, bias, row, channel, position, column, kernel, neighbours,
 # |prediction|, log |prediction|, sign, sign * prediction.
@@ -328,43 +330,50 @@ class _Context:
 
 
 class _BitWriter:
-    """Collects decisions with their probabilities; the range coder takes them all at the end."""
+    """Range-codes decisions; remembers the last few of them and the state before those."""
 
     def __init__(self):
-        self._bits, self._probabilities = [], []
+        self._coder = _RangeEncoder()
+        self._recent = []  # (state before, bits, probabilities) of at least _TAIL decisions in all
 
     def code(self, probability, bits):
-        self._bits.append(bits)
-        self._probabilities.append(probability)
+        values, probability = bits.astype(np.int32), probability / _PROB_ONE
+        head = max(0, len(values) - _TAIL)
+        if head:
+            self._coder.encode(values[:head], _BERNOULLI, probability[:head])
+            self._recent.clear()
+        if len(values):
+            self._recent.append((self._coder.pos(), values[head:], probability[head:]))
+            self._coder.encode(values[head:], _BERNOULLI, probability[head:])
+            while sum(len(v) for _, v, _ in self._recent[1:]) >= _TAIL:
+                del self._recent[0]
         return bits
 
     def payload(self):
-        bits = np.concatenate(self._bits).astype(np.int32)
-        probability = np.concatenate(self._probabilities) / _PROB_ONE
-        coder = _RangeEncoder()
-        head = max(0, len(bits) - 64)
-        coder.encode(bits[:head], _BERNOULLI, probability[:head])
-        before_tail = coder.pos()
-        tail = bits[head:], probability[head:]
-        coder.encode(tail[0], _BERNOULLI, tail[1])
-        return _shortest(coder.get_compressed().astype(">u4").tobytes(), before_tail, tail)
+        data = self._coder.get_compressed().astype(">u4").tobytes()
+        tail = tuple(np.concatenate(parts) for parts in zip(*(r[1:] for r in self._recent), strict=True))
+        return _shortest(data, self._recent[0][0], *tail)
 
 
 def _words(data):
     return np.frombuffer(data + bytes(-len(data) % 4), dtype=">u4").astype(np.uint32)
 
 
-def _shortest(data, before_tail, tail):
-    """Drop the bytes at the end of a range-coded stream that do not change what its tail decodes to.
+def _shortest(data, before, bits, probability):
+    """Drop the bytes at the end of a range-coded stream that do not change what it decodes to.
 
-    Missing bytes read as zeros. Any number inside the coder's last interval stands for the same decisions, so a
-    shorter prefix, or that prefix plus one, may do.
+    Missing bytes read as zeros, and any number inside the coder's last interval stands for the same decisions: a
+    shorter prefix, or that prefix plus one, may do. Intervals are nested, so it is enough that the words up to the
+    state ``before`` stay and that the decisions after it come out again.
     """
-    bits, probability = tail
+    kept = 4 * before[0]
 
     def is_same(candidate):
-        decoder = _RangeDecoder(_words(candidate + bytes(max(0, len(data) - len(candidate)))))
-        decoder.seek(*before_tail)
+        full = candidate + bytes(len(data) - len(candidate))
+        if full[:kept] != data[:kept]:
+            return False
+        decoder = _RangeDecoder(_words(full))
+        decoder.seek(*before)
         try:
             return bool((decoder.decode(_BERNOULLI, probability) == bits).all())
         except AssertionError:
