@@ -292,7 +292,8 @@ def test_malicious_content(files, seed, n):
     opened = 0
     for i in range(n):
         read = _within_memory if i % 10 == 0 else _read_all  # tracing is slow
-        file, _ = read(_malicious(contents[i % len(contents)], rng), _MAX_BYTES)
+        which = rng.choice(3, p=[0.1, 0.6, 0.3])  # the context coder of the first set is slow
+        file, _ = read(_malicious(contents[which], rng), _MAX_BYTES)
         opened += file is not None
     assert 0.02 * n < opened < 0.9 * n  # the mutants reach the checks behind the check sums
 
@@ -408,7 +409,7 @@ _TWO_BY_FIVE = _codebook(["<f4", [1, 2, 1], "const"], ["|u1", None, "codes", [2]
      b"\0" + _ONE, [1, 4], [0], "'w': zero_rows exceed"),
 ])
 def test_entry_attacks(files, entry, payload, lengths, packs, message):
-    file, found = _within_memory(_changed(files, 0, _one_entry(entry, payload, lengths, packs)))
+    file, found = _within_memory(_changed(files, 0, _one_entry(entry, payload, lengths, packs)), None)
     if message is None:
         assert found["w"].shape == tuple(entry["shape"])
         return

@@ -77,6 +77,20 @@ def test_pieces_are_made(monkeypatch):
     assert len(encode_tensor(tensor).streams) == 50 * 20 // 100 + 1  # and the pack of the codebook
 
 
+def test_large_tensors_get_fast_coders(monkeypatch):
+    """Above the codec's limit the slow coders are left out; blocks of one symbol fall back to the search."""
+    monkeypatch.setattr(streams, "FAST_ABOVE", 1000)
+    monkeypatch.setattr(streams, "CHUNK_CODES", 1000)
+    tensor = shared(np.random.default_rng(0), (100, 40), 16)
+    tensor.codes[:25] = 3
+    tensor.codes[70:95] = 5
+    encoded = encode_tensor(tensor)
+    used = {streams.coder_name(number) for number in encoded.entry["codes"][-1]}
+    assert "constant" in used
+    assert used <= {"constant", "packed", "ans", "sparse"}
+    assert_same_tensor(decode_tensor(encoded.entry, encoded.streams), tensor)
+
+
 @pytest.mark.parametrize("name", _CASES)
 def test_nbytes_is_what_a_file_grows_by(name, tmp_path):
     with SkfWriter(tmp_path / "one.skf") as file:
