@@ -311,8 +311,8 @@ def _near_optimum(rows, n_clusters, n_columns):
         up = np.rint((high - middle) * fractions).astype(np.intp)
         down = np.rint((middle - low) * fractions).astype(np.intp)
         windows = np.concatenate([middle - down[:, ::-1], middle, middle + up], axis=1)
-        # Indices that differ by more than `half` mean segments longer than two of the present clusters.
-        active = _improve(rows, borders, active, windows, half)
+        # Indices that differ by up to 2/3 of `half`: segments from 1/3 to 5/3 of the present clusters.
+        active = _improve(rows, borders, active, windows, 2 * half // 3)
         n_iter += 1
     return borders, n_iter
 
