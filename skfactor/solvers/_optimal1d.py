@@ -143,7 +143,8 @@ def optimal_borders(data, n_clusters):
     per_cell = _GRID_ROUGH if rough else _GRID
     grid = compander_borders(data, max(_MIN_GRID, per_cell * n_clusters))
     _, borders, inertia, n_iter = _exact_borders(_coarse(data, grid), n_clusters)
-    borders, n_moves = refine(data, grid[borders], inertia, tau=1 / 16 if rough else 1 / 32, half=32 if rough else 16)
+    window = {"tau": 1 / 16, "half": 32, "narrow": 32} if rough else {"tau": 1 / 32, "half": 16, "narrow": 8}
+    borders, n_moves = refine(data, grid[borders], inertia, **window)
     inner = borders[1:-1]
     if (data.x[inner - 1] == data.x[inner]).any():
         # A border inside a run of equal values cannot leave it by short moves: merge the runs.

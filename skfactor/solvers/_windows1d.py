@@ -7,7 +7,7 @@ from skfactor.solvers._assign1d import midpoints, round_down
 from skfactor.solvers._prefix import build_prefix, cell_means, interval_inertia, merge_duplicates, sums_at
 
 _MOVES, _MOVES_LAST = 6, 24  # joint moves per level
-_WORTH = 1e-8  # relative gain that is worth another move
+_WORTH, _WORTH_LAST = 1e-5, 1e-8  # relative gain that is worth another move at the same level
 
 def distinct(data):
     """``data`` with equal values merged."""
@@ -62,7 +62,7 @@ def compander_borders(data, n_clusters):
     return spread(np.ceil(at).astype(np.intp))  # a place between samples p and p + 1 is border p + 1
 
 
-def refine(data, borders, inertia, *, tau, half):
+def refine(data, borders, inertia, *, tau, half, narrow=8):
     """Joint moves of all borders over ever finer windows, until nothing is left to gain.
 
     Parameters
@@ -72,8 +72,8 @@ def refine(data, borders, inertia, *, tau, half):
         A partition near the optimum, of inertia about ``inertia``.
     tau : float
         First step of the windows, in cells; halved from level to level, down to single samples.
-    half : int
-        Steps on either side of a border.
+    half, narrow : int
+        Steps on either side of a border, and no fewer than ``narrow`` at the finer levels.
 
     Returns
     -------
@@ -82,17 +82,20 @@ def refine(data, borders, inertia, *, tau, half):
     n_moves = 0
     while True:
         last = tau * np.diff(borders).max() <= 1
+        worth = _WORTH_LAST if last else _WORTH
         for _ in range(_MOVES_LAST if last else _MOVES):
             n_moves += 1
             positions = _window(borders, tau, half)
             choice, gain = _joint_move(data, borders, positions)
             borders = np.concatenate(([0], positions[np.arange(choice.size), choice], [data.size]))
             inside = not last and np.abs(choice - half).max() < half
-            if inside or gain <= _WORTH * inertia:
+            if inside or gain <= worth * inertia:
                 break
         if last:
             return borders, n_moves
         tau /= 2
+        if tau < 1 / 64:
+            half = max(half // 2, narrow)
 
 
 def _window(borders, tau, half):
