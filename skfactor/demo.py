@@ -19,7 +19,7 @@ __all__ = ["FULL", "QUICK", "Digits", "Effort", "Trial", "build_network", "choos
 
 _TOLERATED_LOSS = 0.005  # of the accuracy on the validation images
 _SHOWN_LAYER = "fc1.weight"  # the largest, for the plots
-_TABLE_COLUMNS = ("tensor", "weights", "bits/weight", "before", "after", "ratio", "share", "error", "κ")
+_TABLE_COLUMNS = ("tensor", "weights", "bits/weight", "before", "after", "ratio", "output error", "κ")
 _CONTENTS = {
     "network.safetensors": "the trained network, float32",
     "network.skf": "the compressed network",
@@ -50,8 +50,8 @@ class Effort(NamedTuple):
     entropy_weight: tuple[float, ...]
 
 
-FULL = Effort(40, (4, 8, 16, 32), (0.0, 0.01, 0.03, 0.1, 0.2))
-QUICK = Effort(12, (8, 16), (0.0, 0.03))
+FULL = Effort(40, (4, 8, 12, 16), (0.0, 0.003, 0.006, 0.01, 0.02))
+QUICK = Effort(12, (8, 16), (0.0, 0.01))
 
 
 class Trial(NamedTuple):
@@ -248,14 +248,15 @@ def run(out="skfactor-demo", *, effort=FULL, seed=0):
     with _Step("Compress") as step:
         result = _compress(network, digits, best.n_clusters, best.entropy_weight)
         result.save(small)
-        step.text = f"KMeansWeightSharer(n_clusters={best.n_clusters}, entropy_weight={best.entropy_weight:g})"
+        step.text = (f"KMeansWeightSharer(n_clusters={best.n_clusters}, entropy_weight={best.entropy_weight:g}), "
+                     f"{len(digits.X_train)} images without labels")
     with _Step("Load") as step:
         n_tensors = _check_round_trip(result, small)
         restored = build_network().eval()
         load_into(restored, small)
         step.text = f"{n_tensors} of {n_tensors} tensors equal what was saved, bit for bit"
 
-    report = Report.from_file(small, original=dense)
+    report = Report.from_file(small, original=dense, records=result.records)
     report.to_json(folder / "report.json")
     report.to_html(folder / "report.html")
     print("\n" + report.to_text(_TABLE_COLUMNS) + "\n")

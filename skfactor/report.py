@@ -47,6 +47,9 @@ class TensorReport:
         Entropy coder of the codes or of the bytes.
     relative_error : float or None
         ‖W − Ŵ‖ / ‖W‖; None where the original is not known.
+    output_error : float or None
+        The same of the layer's output on the calibration data; None without calibration. Codes chosen for the output
+        may have a large error of the weights.
     kappa : float or None
         The course's compression factor 1 − K/N of weight sharing; None for other methods.
     note : str
@@ -67,6 +70,7 @@ class TensorReport:
     method: str
     coder: str
     relative_error: float | None = None
+    output_error: float | None = None
     kappa: float | None = None
     note: str = ""
     squared_norm: float | None = None
@@ -226,6 +230,7 @@ class Report:
             "ratio": row.ratio,
             "share": row.bytes_after / total_bytes if total_bytes else None,
             "relative_error": _finite_or_none(row.relative_error),
+            "output_error": _finite_or_none(row.output_error),
             "kappa": row.kappa,
             "method": row.method,
             "coder": row.coder,
@@ -295,6 +300,8 @@ class Report:
         total = self.total
         all_bytes = total["bytes_after"]
         columns = _COLUMNS + (_DETAIL_COLUMNS if any(row.coded_bytes for row in self.rows) else ())
+        if all(row.output_error is None for row in self.rows):
+            columns = tuple(column for column in columns if column[0] != "output error")
         lines = [[cell(row, all_bytes) for _, cell in columns] for row in self.rows]
         filler = [""] * (len(columns) - _N_COMMON)
         if self.overhead:
@@ -316,6 +323,8 @@ class Report:
         for reason, names in by_reason.items():
             others = f" and {len(names) - 3} more" if len(names) > 3 else ""
             notes.append(f"lossless: {', '.join(names[:3])}{others} ({reason})")
+        if any(row.output_error is not None for row in self.rows):
+            notes.append("error: of the weights; output error: of the layer's output on the calibration data")
         if any(row.coded_bytes for row in self.rows):
             notes.append("fixed, Huffman, entropy and stored: bytes of the codes alone; entropy is of order 0")
         where = f"the file {self.path}" if self.source == "file" else "encoding the tensors; there is no file yet"
@@ -343,6 +352,11 @@ def _error_text(error):
     return "" if error is None else "0" if error == 0 else f"{100 * error:.2f} %"
 
 
+def _kappa_text(kappa):
+    """Cut off, not rounded: κ is never 100 %."""
+    return "" if kappa is None else f"{math.floor(1e4 * kappa) / 100:.2f} %"
+
+
 def _shape_text(shape):
     return "x".join(map(str, shape)) or "scalar"
 
@@ -366,7 +380,8 @@ _COLUMNS = (
     ("ratio", lambda row, _: _ratio_text(row.ratio)),
     ("share", lambda row, all_bytes: _percent(row.bytes_after / all_bytes if all_bytes else None)),
     ("error", lambda row, _: _error_text(row.relative_error)),
-    ("κ", lambda row, _: "" if row.kappa is None else f"{100 * row.kappa:.2f} %"),
+    ("output error", lambda row, _: _error_text(row.output_error)),
+    ("κ", lambda row, _: _kappa_text(row.kappa)),
     ("method", lambda row, _: row.method),
     ("coder", lambda row, _: row.coder),
 )
@@ -481,16 +496,22 @@ def _row(file, name, reference, record, detail):
     error, norm = (0.0, None) if lossless else _error_of(file, name, reference, record)
     n_parameters = math.prod(shape)
     return TensorReport(
-        name, shape, dtype, n_parameters, n_parameters * itemsize(dtype), file.nbytes(name),
-        method="lossless" if lossless else _method_text(entry), coder=_coder_text(entry), relative_error=error,
-        kappa=_kappa(entry, lambda: file.read(name)), note=(record and record.skipped) or "", squared_norm=norm,
+        name=name, shape=shape, dtype=dtype, parameters=n_parameters, bytes_before=n_parameters * itemsize(dtype),
+        bytes_after=file.nbytes(name), method="lossless" if lossless else _method_text(entry),
+        coder=_coder_text(entry), relative_error=error, squared_norm=norm,
+        output_error=None if record is None else _root(record.output_error),
+        kappa=_kappa(entry, lambda: file.read(name)), note=(record and record.skipped) or "",
         coded_bytes=_coded_bytes(file.read(name), entry) if detail and not lossless else None,
     )
 
 
+def _root(squared):
+    return None if squared is None else math.sqrt(squared)
+
+
 def _error_of(file, name, reference, record):
     """(‖W − Ŵ‖ / ‖W‖, ‖W‖²) as far as the uncompressed file and the record of the compression tell."""
-    known = None if record is None else math.sqrt(record.relative_error)
+    known = None if record is None else _root(record.relative_error)
     if reference is None or name not in reference.names:
         return known, None
     W = _values(reference, name)

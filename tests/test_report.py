@@ -347,3 +347,21 @@ def test_bfloat16_is_compared_by_value(tmp_path):
     (row,) = compare(tmp_path / "a.skf", tmp_path / "b.skf").rows
     assert 0 < row.max_abs_difference < 2**-8
     assert row.verdict == "bfloat16, float32"
+
+
+def test_output_error_of_a_calibrated_result():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.ReLU(), torch.nn.Linear(20, 4))
+    x = torch.randn(200, 30)
+    result = skfactor.compress(network, KMeansWeightSharer(n_clusters=4), calibration=x, progress=False)
+    report = Report.from_result(result)
+    with torch.no_grad():
+        y = x @ network[0].weight.T
+        y_hat = x @ result.model[0].weight.T
+    by_name = {row.name: row for row in report.rows}
+    assert by_name["0.weight"].output_error == pytest.approx(float((y - y_hat).norm() / y.norm()), rel=1e-3)
+    assert by_name["0.bias"].output_error is None
+    assert "output error" in str(report).splitlines()[0]
+    assert report.to_dict()["tensors"][0]["output_error"] == by_name["0.weight"].output_error
+    plain = skfactor.compress(network, KMeansWeightSharer(n_clusters=4), progress=False)
+    assert "output error" not in str(Report.from_result(plain))
