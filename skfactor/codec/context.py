@@ -363,14 +363,21 @@ def _shortest(data, before, bits, probability):
     """Drop the bytes at the end of a range-coded stream that do not change what it decodes to.
 
     Missing bytes read as zeros, and any number inside the coder's last interval stands for the same decisions: a
-    shorter prefix, or that prefix plus one, may do. Intervals are nested, so it is enough that the words up to the
-    state ``before`` stay and that the decisions after it come out again.
+    shorter prefix, or that prefix plus one, may do. Intervals are nested, so it is enough that the number lies in the
+    interval ``before`` (words before it, then lower end and length of 64 bits) and that the decisions after it come
+    out again. The lower end is known modulo 2**64; that the whole stream lies in the interval settles the carry.
     """
-    kept = 4 * before[0]
+    words_before, (lower, length) = before
+    kept = 4 * words_before
+
+    def point(stream):
+        return int.from_bytes(stream[kept : kept + 8].ljust(8, b"\0"), "big")
+
+    offset = (point(data) - lower) % 2**64 - point(data)
 
     def is_same(candidate):
         full = candidate + bytes(len(data) - len(candidate))
-        if full[:kept] != data[:kept]:
+        if full[:kept] != data[:kept] or not 0 <= point(full) + offset < length:
             return False
         decoder = _RangeDecoder(_words(full))
         decoder.seek(*before)

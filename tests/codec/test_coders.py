@@ -247,6 +247,14 @@ def test_ans_decodes_across_chunks(monkeypatch):
     np.testing.assert_array_equal(ans.decode(data, codes.size, 300), codes)
 
 
+def test_ans_must_end_where_it_began():
+    codes = _codes("peaked", (20, 20), 16, np.random.default_rng(0)).reshape(-1)
+    data = ans.encode(codes, 16)
+    for n, wrong in ((len(codes) - 1, data), (len(codes), data + b"\x01\x02\x03\x04")):
+        with pytest.raises(FormatError, match="does not end with its last symbol"):
+            ans.decode(wrong, n, 16)
+
+
 def test_ans_weights_are_powers_of_two():
     for steps in (1, 2, 4, 8):
         weights = ans._level_weights(steps)

@@ -247,6 +247,21 @@ def test_end_of_stream_is_as_short_as_it_can_be():
         assert (context.decode(shorter, codes.shape, 5, 2) != codes).any()
 
 
+def test_shortened_stream_decodes_to_all_decisions():
+    """Also where the last decisions are nearly certain, so that the end of the stream was decided long before."""
+    rng = np.random.default_rng(0)
+    for trial in range(400):
+        probabilities = [rng.integers(7, 2**20 - 6, rng.integers(1, 150)).astype(float) for _ in range(3)]
+        probabilities += [np.full(rng.integers(1, 40), 8.0) for _ in range(trial % 12)]
+        decisions = [rng.random(len(p)) < p / 2**20 for p in probabilities]
+        writer = context._BitWriter()
+        for p, bits in zip(probabilities, decisions, strict=True):
+            writer.code(p, bits)
+        reader = context._BitReader(writer.payload())
+        for p, bits in zip(probabilities, decisions, strict=True):
+            np.testing.assert_array_equal(reader.code(p, None), bits)
+
+
 def test_foreign_streams_are_refused_or_decode_to_codes():
     rng = np.random.default_rng(0)
     with pytest.raises(FormatError, match="zero byte"):
