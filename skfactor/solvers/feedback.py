@@ -16,6 +16,7 @@ References
 .. [2] Hassibi, Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -216,6 +217,46 @@ def feedback_target(X, gram, cross, *, residual=None, damping=0.01):
         G = _damped(G, damping)
         W[rows] = X[rows] + solve(G, right.T, assume_a="sym").T
     return W
+
+
+def assumed_gram(kernel_shape, *, correlation=0.5, mean_square=0.5):
+    """Second moment of a layer's inputs when no calibration data are at hand.
+
+    Channels are taken as uncorrelated with equal variance, neighbouring positions as correlated (feature maps are
+    smooth), and all inputs as having one positive mean, as they have behind a rectifier:
+    ``G[(c, p), (c', p')] = 1[c = c'] correlation^|p - p'| + mean_square``. Error feedback under it spends the rounding
+    error of a kernel on its rough patterns, and keeps the sum of every row: the mean of the output.
+
+    Parameters
+    ----------
+    kernel_shape : tuple of int
+        What one row is: (c_in, *spatial); (d,) for a linear layer.
+    correlation : float in [0, 1), default=0.5
+        Of two inputs of one channel at distance 1; it falls exponentially with the Euclidean distance.
+    mean_square : float, default=0.5
+        Square of the inputs' mean in units of their variance; a rectified centred Gaussian has 0.47.
+
+    Returns
+    -------
+    gram : ndarray of shape (d, d)
+
+    Examples
+    --------
+    >>> from skfactor.solvers.feedback import assumed_gram
+    >>> assumed_gram((2, 2), correlation=0.5, mean_square=0.0)
+    array([[1. , 0.5, 0. , 0. ],
+           [0.5, 1. , 0. , 0. ],
+           [0. , 0. , 1. , 0.5],
+           [0. , 0. , 0.5, 1. ]])
+    """
+    if not 0 <= correlation < 1:
+        raise ValueError(f"correlation must be at least 0 and below 1, got {correlation}")
+    if mean_square < 0:
+        raise ValueError(f"mean_square must not be negative, got {mean_square}")
+    channels, *spatial = kernel_shape
+    positions = np.indices(spatial).reshape(len(spatial), math.prod(spatial)).T  # (kh*kw, 2)
+    distance = np.sqrt(((positions[:, None] - positions) ** 2).sum(-1))
+    return np.kron(np.eye(channels), np.float64(correlation) ** distance) + mean_square
 
 
 def output_error(X, X_hat, gram, *, row_weight=None):
