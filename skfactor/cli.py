@@ -266,8 +266,10 @@ def _compress(args):
     if args.recipe:
         rules |= {k: v for k, v in rules_from_recipe(args.recipe).items() if k not in rules}
     from skfactor.bridge.files import compress_file
-    from skfactor.report import Report, naming_file
+    from skfactor.report import Report, is_skf, naming_file
 
+    if is_skf(args.input):
+        raise UsageError(f"{args.input} is compressed already; decompress it first")
     rules = rules or rules_from_text([DEFAULT_RULE])
     with naming_file(args.input):
         try:

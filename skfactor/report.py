@@ -26,7 +26,7 @@ from skfactor.codec.safetensors_io import SafetensorsReader
 from skfactor.codec.streams import CHUNK_CODES
 from skfactor.exceptions import FormatError
 
-__all__ = ["Comparison", "Report", "TensorComparison", "TensorReport", "compare", "naming_file"]
+__all__ = ["Comparison", "Report", "TensorComparison", "TensorReport", "compare", "is_skf", "naming_file"]
 
 
 @dataclass(frozen=True)
@@ -449,14 +449,19 @@ def naming_file(path: str | os.PathLike):
         raise FormatError(f"{os.fspath(path)}: {error}") from error
 
 
+def is_skf(path: str | os.PathLike) -> bool:
+    """Whether a file starts as a `.skf` file does."""
+    with open(path, "rb") as file:
+        return file.read(13)[8:] == b'{"skf'
+
+
 class _File:
     """An open `.skf` or `.safetensors` file; what goes wrong with its bytes names the path."""
 
     def __init__(self, path):
         self.path = os.fspath(path)
-        with open(path, "rb") as file:
-            start = file.read(64)[8:]
-        self.is_skf = start.startswith(b'{"skf') or self.path.endswith(".skf")
+        # a damaged start must not make a .skf file something else
+        self.is_skf = is_skf(path) or self.path.endswith(".skf")
         with naming_file(path):
             self._file = SkfFile(path) if self.is_skf else SafetensorsReader(path)
         self.names = list(self._file.names)

@@ -178,6 +178,7 @@ WRONG_USE = {
     "no folder for the output": (["compress", "{source}", "-o", "{folder}/no/out.skf"], "does not exist"),
     "output is a folder": (["compress", "{source}", "-o", "{folder}"], "is a folder"),
     "output is the input": (["compress", "{source}", "-o", "{source}", "--force"], "is the input itself"),
+    "compressed already": (["compress", "{packed}", "-o", "{out}"], "is compressed already"),
     "no method": (["compress", "{source}", "-o", "{out}", "--rule", "*"], "PATTERN=METHOD"),
     "unknown method": (["compress", "{source}", "-o", "{out}", "--rule", "*=kmean"], "did you mean 'kmeans'"),
     "unknown parameter": (["compress", "{source}", "-o", "{out}", "--rule", "*=kmeans:n_cluster=4"],
@@ -209,8 +210,8 @@ def test_errors_are_one_line_on_stderr(tmp_path, source, packed, case, code, cap
     data = bytearray(packed.read_bytes())
     data[-40] ^= 255
     (tmp_path / "damaged.skf").write_bytes(data)
-    places = {"source": source, "folder": tmp_path, "out": tmp_path / "out.skf", "text": tmp_path / "text.txt",
-              "damaged": tmp_path / "damaged.skf"}
+    places = {"source": source, "packed": packed, "folder": tmp_path, "out": tmp_path / "out.skf",
+              "text": tmp_path / "text.txt", "damaged": tmp_path / "damaged.skf"}
     arguments, message = case
     assert main([argument.format(**places) for argument in arguments]) == code
     printed = capsys.readouterr()
