@@ -102,9 +102,14 @@ def _effect(total, count, shrink, mean):
     return _round(ratio)
 
 
+def _clip(x, limit):
+    """Return ``x`` clipped to ``[-limit, limit]``; np.clip takes longer on short arrays."""
+    return np.minimum(np.maximum(x, -limit), limit)
+
+
 def _round(x):
     """Return features as integers of 1/64, clipped to [-8, 8]."""
-    return np.clip(np.rint(x), -_CLIP, _CLIP)
+    return _clip(np.rint(x), _CLIP)
 
 
 def _solve(matrix, right):
@@ -183,14 +188,19 @@ class _Regressions:
         """Return ``w . x`` in 1/64, rounded; features of shape (n_features, n)."""
         return np.rint((self.rounded[node, : len(features)] @ features) / _WEIGHT_ONE)
 
-    def frequency(self, node, prior_ones, prior_zeros):
-        """Return the integer ``64 * logit`` of how often the decision was 1, with pseudo-counts."""
-        ones, zeros = _log(self.counts[node] + (prior_ones, prior_zeros))
-        return float(_round(ones - zeros))
+    def frequencies(self, mean):
+        """Return for every decision the integer ``64 * logit`` of how often it was 1, with two pseudo-counts.
+
+        Those are of a geometric distribution of ``|q|`` with this mean; even for the sign.
+        """
+        pseudo = np.tile((2.0 * mean / (1.0 + mean), 2.0 / (1.0 + mean)), (len(self.counts), 1))
+        pseudo[self.sign] = 1.0
+        log = _log(self.counts + pseudo)
+        return _round(log[:, 0] - log[:, 1])
 
     def probability(self, node, features):
         """Return ``P(bit = 1)`` in units of ``2**-20``."""
-        logit = np.clip(self.apply(node, features), -64 * _MAX_LOGIT, 64 * _MAX_LOGIT)
+        logit = _clip(self.apply(node, features), 64.0 * _MAX_LOGIT)
         return _tables()[0].take(logit.astype(np.int64) + 64 * _MAX_LOGIT)
 
     def observe(self, node, features, probability, bits):
@@ -215,7 +225,7 @@ class _Regressions:
         some = np.flatnonzero(self._touched)
         if len(some):
             move = _solve(self.hessian[some], self.gradient[some])
-            self.weights[some] = np.clip(self.weights[some] + move, -32.0, 32.0)
+            self.weights[some] = _clip(self.weights[some] + move, 32.0)
             self.gradient[some] = 0.0
             self._touched[some] = False
             self._round_weights()
@@ -273,10 +283,10 @@ class _Context:
         scale = None
         if self.before:
             # Linear prediction of q from the codes before it, in units of the local scale.
-            index = np.clip(np.rint(0.8 * (level[2] + level[3])), -320, 320).astype(np.int64)
+            index = _clip(np.rint(0.8 * (level[2] + level[3])), 320.0).astype(np.int64)
             scale = mean * _tables()[2][index + 512] + 0.1
             design = _round(_ONE * design / scale)
-            sign[6] = np.clip(models.apply(models.linear, design), -_CLIP, _CLIP)
+            sign[6] = _clip(models.apply(models.linear, design), _CLIP)
             level[8] = np.abs(sign[6])
         level[9] = np.rint(_log(level[8] + 0.2 * _ONE)) - 4 * _ONE  # ln of the size of the prediction, nearly
         return level, sign, (place, row, (column_group, channel_group), scale, design)
@@ -469,25 +479,24 @@ def _walk(bits, shape, kernel, below, above, target):
 def _code_block(bits, models, thresholds, limits, mean, level, sign, target):
     """Code one block: zero or not, sign, magnitudes; return its signed codes."""
     below, above = limits
-    prior = 2.0 * mean / (1.0 + mean), 2.0 / (1.0 + mean)  # |q| geometric with this mean
+    frequencies = models.frequencies(mean)
 
-    def decide(node, features, truth, pseudo_counts):
-        features[0] = models.frequency(node, *pseudo_counts)
+    def decide(node, features, truth):
+        features[0] = frequencies[node]
         probability = models.probability(node, features)
         decided = bits.code(probability, truth)
         models.observe(node, features, probability, decided)
         return decided
 
-    some = decide(0, level, None if target is None else target != 0, prior)
+    some = decide(0, level, None if target is None else target != 0)
     active = np.flatnonzero(some)
     if target is not None:
         target = target.astype(np.int64)
     sizes = None if target is None else np.abs(target)
     positive = np.full(len(active), above > 0)
     if below and above and len(active):
-        positive = decide(
-            models.sign, sign.take(active, axis=1), None if target is None else target[active] > 0, (1.0, 1.0)
-        )
+        truth = None if target is None else target[active] > 0
+        positive = decide(models.sign, sign.take(active, axis=1), truth)
     direction = np.where(positive, 1, -1)
     signs, magnitude = np.zeros((2, level.shape[1]), dtype=np.int64)
     signs[active], magnitude[active] = direction, 1
@@ -502,7 +511,7 @@ def _code_block(bits, models, thresholds, limits, mean, level, sign, target):
             active, limit, features = active[keep], limit[keep], features.take(keep, axis=1)
         if not len(active):
             break
-        larger = decide(node, features, None if sizes is None else sizes[active] > threshold, prior)
+        larger = decide(node, features, None if sizes is None else sizes[active] > threshold)
         larger = np.flatnonzero(larger)
         active, limit, features = active[larger], limit[larger], features.take(larger, axis=1)
         magnitude[active] = threshold + 1
