@@ -8,6 +8,7 @@ names that need it are imported at first use.
 from importlib import import_module
 
 _HOME = {
+    "Calibration": "calibrate",
     "CompressionResult": "result",
     "FileResult": "files",
     "LayerSpec": "layers",
@@ -19,6 +20,7 @@ _HOME = {
     "input_vectors": "calibrate",
     "load": "apply",
     "load_into": "apply",
+    "output_importance": "calibrate",
     "register_input_vectors": "calibrate",
     "register_layer": "layers",
     "rows_first": "layers",

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from skfactor.bridge.calibrate import Moments, collect_moments
+from skfactor.bridge.batchnorm import fold_batch_norm
+from skfactor.bridge.calibrate import Calibration, collect_moments, kind_of_inputs, model_batches
 from skfactor.bridge.files import file_source
 from skfactor.bridge.layers import Network, entries_of_module, entries_of_state_dict, plain_name, unwrap
-from skfactor.bridge.result import CompressionResult, Source, compress_source
+from skfactor.bridge.result import CompressionResult, Source, assemble, compress_source
 from skfactor.bridge.rules import resolve_rules
+from skfactor.bridge.sequential import fit_in_order
 from skfactor.bridge.tensors import dtype_name, from_bits, to_bits
 from skfactor.codec.container import SkfFile
 from skfactor.codec.safetensors_io import SafetensorsReader
@@ -41,7 +43,7 @@ def compress(model: nn.Module | Mapping[str, torch.Tensor] | str | PathLike, rul
         fitted. Parameters of one dimension and buffers are taken only where a rule names them.
     calibration : tensor, tuple, dict, list or loader, default=None
         Unlabelled inputs; each layer's estimator then gets the second moment of the layer's inputs (`input_gram`), an
-        embedding's how often each row is used (`sample_weight`). A tensor is a batch of inputs, a tuple the positional
+        embedding's how often each row is used (`importance`). A tensor is a batch of inputs, a tuple the positional
         and a dict the keyword arguments of one forward pass; anything else is iterated as batches, and of a batch
         (x, y) only what `forward` requires is used. Needs a module.
     n_jobs : int, default=None
@@ -91,14 +93,35 @@ def _compress_module(model, rules, calibration, n_jobs, progress) -> Compression
     plan = resolve_rules(rules, entries_of_module(model).entries)
     copied = _deep_copy(model)
     network = entries_of_module(copied)
-    moments = Moments()
-    if calibration is not None:
-        moments = collect_moments(copied, {name: network.owners[name] for name in plan.taken}, calibration)
-    side = {name: moments.side(name) for name in plan.taken}
-    result = compress_source(_source(network), plan, side=side, n_jobs=n_jobs, progress=progress)
+    if calibration is None:
+        result = compress_source(_source(network), plan, n_jobs=n_jobs, progress=progress)
+        missing = {}
+    else:
+        if not isinstance(calibration, Calibration):
+            calibration = Calibration(calibration)
+        result, missing = _compress_calibrated(copied, network, plan, calibration, n_jobs, progress)
     _write(network.tensors, {n: t for n, t in result.tensors.items() if isinstance(t, CompressedTensor)})
-    result.model, result.uncalibrated = copied, moments.missing
+    result.model, result.uncalibrated = copied, missing
     return result
+
+
+def _compress_calibrated(model, network, plan, calibration, n_jobs, progress) -> tuple[CompressionResult, dict]:
+    """`model` is the copy: it runs the inputs, and it may change before its weights are fitted."""
+    owners = {name: network.owners[name] for name in plan.taken}
+    batches = model_batches(model, calibration.inputs)
+    if calibration.sequential or calibration.fold_batch_norm:
+        batches = list(batches)
+    if calibration.fold_batch_norm:
+        single = [layers[0] for layers in owners.values() if len(layers) == 1 and layers[0][1].parameter == "weight"]
+        fold_batch_norm(model, single, *batches[0])
+    if not calibration.sequential:
+        moments = collect_moments(model, owners, batches)
+        side = {name: moments.side(name) for name in plan.taken}
+        return compress_source(_source(network), plan, side=side, n_jobs=n_jobs, progress=progress), moments.missing
+    no_vectors = {name: layers for name, layers in owners.items() if not kind_of_inputs(layers).is_vectors}
+    moments = collect_moments(model, no_vectors, batches)
+    fitted = fit_in_order(model, network, plan, batches, moments, progress=progress)
+    return assemble(_source(network), plan, fitted), moments.missing
 
 
 def _source(network: Network) -> Source:

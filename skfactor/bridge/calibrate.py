@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ from torch import nn
 
 from skfactor.bridge.layers import LayerSpec, unwrap
 
-__all__ = ["Moments", "collect_moments", "input_vectors", "model_batches", "register_input_vectors"]
+__all__ = ["Calibration", "Moments", "collect_moments", "evaluation", "hooked", "input_vectors", "kind_of_inputs",
+           "model_batches", "output_importance", "register_input_vectors"]
 
 #: Elements of unfolded input held at a time.
 CHUNK = 1 << 23
@@ -34,6 +36,28 @@ InputVectors = Callable[[nn.Module, tuple, dict, str], Iterator[torch.Tensor]]
 _VECTORS: dict[type | str, InputVectors] = {}
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration inputs and how they are used.
+
+    Attributes
+    ----------
+    inputs : tensor, tuple, dict, list or loader
+        Unlabelled inputs, as in `skfactor.compress`.
+    sequential : bool, default=False
+        Fit the layers in the order in which they run, each for the inputs that the compressed layers before it give,
+        and let biases take up the shift of the mean (`skfactor.bridge.sequential`). Slower: every layer costs two
+        passes over the inputs, and layers do not run in parallel. Biases change.
+    fold_batch_norm : bool, default=False
+        First move batch normalisations into the layers before them (`skfactor.bridge.batchnorm`): the same function,
+        and rows of a weight are then as large as what they contribute. Weights, biases and statistics change.
+    """
+
+    inputs: Any
+    sequential: bool = False
+    fold_batch_norm: bool = False
+
+
 @dataclass
 class Moments:
     """What calibration gave.
@@ -42,19 +66,19 @@ class Moments:
     ----------
     grams : dict of str to ndarray
         By tensor name: G of shape (d, d), or (g, d, d) for g groups of rows.
-    sample_weights : dict of str to ndarray
-        By tensor name: how often each row of an embedding is looked up, as a weight (n_rows,).
+    importances : dict of str to ndarray
+        By tensor name: how often each row of an embedding is looked up, as a weight (n_rows, 1).
     missing : dict of str to str
         Tensors without either, with the reason.
     """
 
     grams: dict[str, np.ndarray] = field(default_factory=dict)
-    sample_weights: dict[str, np.ndarray] = field(default_factory=dict)
+    importances: dict[str, np.ndarray] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
     def side(self, name: str) -> dict[str, np.ndarray]:
         """Fit parameters of one tensor."""
-        side = {"input_gram": self.grams.get(name), "sample_weight": self.sample_weights.get(name)}
+        side = {"input_gram": self.grams.get(name), "importance": self.importances.get(name)}
         return {k: v for k, v in side.items() if v is not None}
 
 
@@ -73,7 +97,7 @@ def register_input_vectors(module_type: type, vectors: InputVectors) -> None:
 
 
 def collect_moments(model: nn.Module, owners: Mapping[str, list[tuple[nn.Module, LayerSpec]]],
-                    calibration: Any) -> Moments:
+                    batches: Iterable[tuple[tuple, dict]]) -> Moments:
     """Run the calibration inputs and accumulate the second moments of the inputs of the named layers.
 
     The network runs in eval mode without gradients; hooks and modes are as before on return, also after an error.
@@ -83,23 +107,21 @@ def collect_moments(model: nn.Module, owners: Mapping[str, list[tuple[nn.Module,
     model : Module
     owners : dict of str to list of (Module, LayerSpec)
         For each tensor name the layers of `model` whose weight it is; the moments of several uses add up.
-    calibration : tensor, tuple, dict, list or loader
-        See `model_batches`.
+    batches : iterable of (args, kwargs)
+        From `model_batches`.
     """
     moments, sums = Moments(), {}
     with ExitStack() as stack:
         for name, layers in owners.items():
-            kinds = {_vectors_of(module) for module, _ in layers}
-            if len(kinds) != 1 or None in kinds:
-                moments.missing[name] = ("tied between layers of different kinds" if len(kinds) > 1
-                                         else "the inputs of this kind of layer are not known to calibration")
+            kind = kind_of_inputs(layers)
+            if kind.vectors is None:
+                moments.missing[name] = kind.problem
                 continue
-            sums[name] = _CountSum() if kinds == {_rows_looked_up} else _GramSum()
-            for module, spec in layers:
-                hook = _hook(sums[name], kinds.copy().pop(), spec.parameter)
-                stack.enter_context(_removing(module.register_forward_pre_hook(hook, with_kwargs=True)))
-        stack.enter_context(_evaluation(model))
-        for args, kwargs in model_batches(model, calibration):
+            sums[name] = _GramSum() if kind.is_vectors else _CountSum()
+            hooks = [(m, _accumulate(sums[name], kind.vectors, spec.parameter), "before") for m, spec in layers]
+            stack.enter_context(hooked(hooks))
+        stack.enter_context(evaluation(model))
+        for args, kwargs in batches:
             model(*args, **kwargs)
     for name, total in sums.items():
         value = total.result()
@@ -108,11 +130,34 @@ def collect_moments(model: nn.Module, owners: Mapping[str, list[tuple[nn.Module,
         elif not np.isfinite(value).all():
             moments.missing[name] = "its inputs are not finite"
         else:
-            (moments.sample_weights if isinstance(total, _CountSum) else moments.grams)[name] = value
+            (moments.importances if isinstance(total, _CountSum) else moments.grams)[name] = value
     return moments
 
 
-def _hook(total, vectors, parameter):
+@dataclass(frozen=True)
+class InputKind:
+    """How the inputs of a tensor's layers become vectors, or why they cannot."""
+
+    vectors: InputVectors | None
+    problem: str = ""
+
+    @property
+    def is_vectors(self) -> bool:
+        """Whether there is a second moment; the rows of an embedding are only counted."""
+        return self.vectors is not None and self.vectors is not _rows_looked_up
+
+
+def kind_of_inputs(layers: list[tuple[nn.Module, LayerSpec]]) -> InputKind:
+    """Kind of the inputs of all layers that share one weight."""
+    kinds = {_vectors_of(module) for module, _ in layers}
+    if len(kinds) > 1:
+        return InputKind(None, "tied between layers of different kinds")
+    if not kinds or None in kinds:
+        return InputKind(None, "the inputs of this kind of layer are not known to calibration")
+    return InputKind(kinds.pop())
+
+
+def _accumulate(total, vectors, parameter):
     def accumulate(module, args, kwargs):
         for u in vectors(module, args, kwargs, parameter):
             total.add(u, module)
@@ -121,15 +166,17 @@ def _hook(total, vectors, parameter):
 
 
 @contextmanager
-def _removing(handle):
-    try:
+def hooked(hooks: Iterable[tuple[nn.Module, Callable, str]]) -> Iterator[None]:
+    """Register (module, hook, "before" or "after") forward hooks, and remove them on exit whatever happens."""
+    with ExitStack() as stack:
+        for module, hook, when in hooks:
+            register = module.register_forward_pre_hook if when == "before" else module.register_forward_hook
+            stack.callback(register(hook, with_kwargs=True).remove)
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, and no fused attention that would go past the hooks; all as before on exit."""
     modes = [(m, m.training) for m in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -178,8 +225,74 @@ class _CountSum:
     def result(self) -> np.ndarray | None:
         if self.counts is None or not self.counts.sum():
             return None
-        weight = self.counts.cpu().numpy() + 1.0
+        weight = self.counts.cpu().numpy()[:, None] + 1.0
         return weight / weight.mean()
+
+
+def output_importance(model: nn.Module, layers: Mapping[str, nn.Module], calibration: Any, *, temperature: float = 1.0,
+                      random_state: int = 0) -> dict[str, np.ndarray]:
+    """How much an error of each output channel of a layer costs at the network's output.
+
+    To second order, errors e of a layer's outputs change the network's own prediction p = softmax(z / T) by
+    KL = ½ E Σ (∂z e)ᵀ H (∂z e) with H = (diag(p) − p pᵀ) / T². Averaged over channels c that err independently it is
+    ½ Σ_c r_c E[e_c²] with r_c = E Σ_positions (∂(vᵀz)/∂y_c)², v random with E[v vᵀ] = H. One backward pass a batch;
+    no labels.
+
+    Parameters
+    ----------
+    model : Module
+        Its output, or the first element or value of it, are logits with the classes on the last axis.
+    layers : dict of str to Module
+    calibration : tensor, tuple, dict, list or loader
+        As in `skfactor.compress`.
+    temperature : float, default=1.0
+        T; above 1 unlikely classes count more, which few confident examples need.
+    random_state : int, default=0
+        Seed of the signs of v.
+
+    Returns
+    -------
+    importance : dict of str to ndarray of shape (n_channels,)
+        Layers that no batch reached are left out.
+    """
+    generator = torch.Generator().manual_seed(random_state)
+    sums: dict[str, torch.Tensor] = {}
+    n_examples = 0
+    for args, kwargs in model_batches(model, calibration):
+        seen: list[tuple[str, torch.Tensor]] = []
+        hooks = [(module, partial(_remember_output, seen, name), "after") for name, module in layers.items()]
+        with evaluation(model), hooked(hooks), torch.enable_grad():
+            args = tuple(_with_gradient(a) for a in args)
+            logits = _first_tensor(model(*args, **kwargs))
+            p = torch.softmax(logits.detach() / temperature, -1)
+            signs = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
+            root = p.sqrt() * signs
+            v = (root - p * root.sum(-1, keepdim=True)) / temperature
+            gradients = torch.autograd.grad(logits, [y for _, y in seen], v, allow_unused=True)
+        for (name, _), gradient in zip(seen, gradients, strict=True):
+            if gradient is not None:
+                axis = 1 if isinstance(layers[name], nn.modules.conv._ConvNd) else gradient.dim() - 1
+                squares = gradient.double().square().movedim(axis, -1)
+                sums[name] = sums.get(name, 0) + squares.reshape(-1, squares.shape[-1]).sum(0)
+        n_examples += len(logits)
+    return {name: (total / n_examples).cpu().numpy() for name, total in sums.items()}
+
+
+def _remember_output(seen, name, module, args, kwargs, output) -> None:
+    if output.requires_grad:
+        seen.append((name, output))
+
+
+def _with_gradient(value: Any) -> Any:
+    """A float input that asks for its gradient, so that layers behind frozen ones have theirs too."""
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.detach().requires_grad_() if is_float else value
+
+
+def _first_tensor(output: Any) -> torch.Tensor:
+    while not isinstance(output, torch.Tensor):
+        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    return output
 
 
 # ------------------------------------------------------------------------------------------- inputs of the network

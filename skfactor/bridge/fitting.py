@@ -24,7 +24,7 @@ from skfactor.codec.tensor import CompressedTensor, Layout
 from skfactor.estimators.base import compressed_tensor, fit_params, steps_of
 from skfactor.exceptions import LayerError
 
-__all__ = ["Fitted", "Job", "TensorRecord", "fit_jobs", "raw_record"]
+__all__ = ["Fitted", "Job", "TensorRecord", "fit_jobs", "raw_record", "relative_error"]
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _fit(item: _Item, estimator: Any, bits: np.ndarray, side: dict[str, np.ndarr
     del fitted  # before the reconstruction: its labels may be as large as the tensor
     X_hat = layout.to_matrix(_floats(tensor.to_array(), dtype))
     _check_reconstruction(X_hat)
-    record = replace(record, relative_error=_relative_error(X, X_hat),
+    record = replace(record, relative_error=relative_error(X, X_hat),
                      output_error=_output_error(X, X_hat, side.get("input_gram")))
     return Fitted(tensor, kept, record)
 
@@ -275,7 +275,8 @@ def _row_blocks(X: np.ndarray) -> Iterator[slice]:
     return (slice(i, i + step) for i in range(0, len(X), step))
 
 
-def _relative_error(X: np.ndarray, X_hat: np.ndarray) -> float:
+def relative_error(X: np.ndarray, X_hat: np.ndarray) -> float:
+    """‖X − X̂‖² / ‖X‖², summed in float64 without a float64 copy of either; ‖X̂‖² when X is zero."""
     error = total = 0.0
     for rows in _row_blocks(X):
         x = X[rows].astype(np.float64).ravel()

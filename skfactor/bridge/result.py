@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from skfactor.bridge.fitting import Job, TensorRecord, fit_jobs, raw_record
+from skfactor.bridge.fitting import Fitted, Job, TensorRecord, fit_jobs, raw_record
 from skfactor.bridge.rules import Plan, TensorEntry
 from skfactor.codec.container import SkfWriter
 from skfactor.codec.tensor import CompressedTensor, RawTensor
@@ -18,7 +18,7 @@ from skfactor.codec.tensor import CompressedTensor, RawTensor
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CompressionResult", "Source", "compress_source"]
+__all__ = ["CompressionResult", "Source", "assemble", "compress_source"]
 
 
 @dataclass(frozen=True)
@@ -123,16 +123,21 @@ def compress_source(source: Source, plan: Plan, *, side: Mapping[str, Mapping[st
     n_jobs, progress
         As in `skfactor.compress`.
     """
-    stored = [e for e in source.entries if e.name in source.names]
     side = side or {}
 
     def job(entry):
         return Job(entry, plan.taken[entry.name], lambda: source.read(entry.name), dict(side.get(entry.name, {})))
 
     # the largest first, so that no worker is left with a long one at the end
-    taken = sorted((e for e in stored if e.name in plan.taken), key=lambda e: -np.prod(e.shape, dtype=np.int64))
+    taken = sorted((e for e in source.entries if e.name in plan.taken), key=lambda e: -np.prod(e.shape, dtype=np.int64))
     fitted = dict(zip((e.name for e in taken),
                       fit_jobs(map(job, taken), n_jobs=n_jobs, progress=progress, total=len(taken)), strict=True))
+    return assemble(source, plan, fitted)
+
+
+def assemble(source: Source, plan: Plan, fitted: Mapping[str, Fitted]) -> CompressionResult:
+    """Result of what was fitted and the bits of the rest, in the order of the source."""
+    stored = [e for e in source.entries if e.name in source.names]
     tensors, records = {}, []
     for entry in stored:
         done = fitted.get(entry.name)

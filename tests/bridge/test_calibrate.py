@@ -21,8 +21,8 @@ from tests._nets import SmallCNN, TinyLM
 class Recorder(BaseCompressor):
     """Keeps what fit was given."""
 
-    def fit(self, X, y=None, sample_weight=None, input_gram=None):
-        self.given_ = {"sample_weight": sample_weight, "input_gram": input_gram}
+    def fit(self, X, y=None, importance=None, input_gram=None):
+        self.given_ = {"importance": importance, "input_gram": input_gram}
         self.inner_ = KMeansWeightSharer(n_clusters=2).fit(X)
         self.decoder_ = self.inner_.decoder_
         return self
@@ -177,7 +177,7 @@ def test_embedding_rows_are_weighted_by_their_use():
     tokens = torch.tensor([[0, 1], [1, 3], [1, 1]])
     found, _ = given(model, tokens)
     counts = np.array([1, 4, 0, 1, 0]) + 1.0
-    np.testing.assert_allclose(found["0.weight"]["sample_weight"], counts / counts.mean())
+    np.testing.assert_allclose(found["0.weight"]["importance"][:, 0], counts / counts.mean())
     assert found["0.weight"]["input_gram"] is None
 
 
@@ -224,8 +224,8 @@ def test_modes_hooks_statistics_and_inputs_stay_also_after_an_error():
     before = (copy.deepcopy(model.state_dict()), [m.training for m in model.modules()])
     fast = torch.backends.mha.get_fastpath_enabled()
     with pytest.raises(RuntimeError):
-        collect_moments(model, owners, [randn(2, 3, 6, 6), randn(2, 4, 6, 6)])
-    moments = collect_moments(model, owners, randn(2, 3, 6, 6))
+        collect_moments(model, owners, model_batches(model, [randn(2, 3, 6, 6), randn(2, 4, 6, 6)]))
+    moments = collect_moments(model, owners, model_batches(model, randn(2, 3, 6, 6)))
     assert list(moments.grams) == list(owners)
     assert [m.training for m in model.modules()] == before[1]
     assert all(torch.equal(v, before[0][k]) for k, v in model.state_dict().items())

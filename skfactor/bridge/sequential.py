@@ -1,0 +1,190 @@
+"""Compress layer after layer, each for the inputs that the layers before it, already compressed, really give it.
+
+With inputs u of the original network and û of the compressed one, the best weight for the next layer is not W: it is
+the W' that minimises E‖W u − W' û − t‖² over W' and a shift t,
+
+    W' = W + W (C − G) (G + δI)⁻¹,   G = cov(û, û),   C = cov(u, û),   t = W E[u] − Ŵ E[û].
+
+W' is what the estimator gets, with G as `input_gram`; t goes into the layer's bias or that of the batch normalisation
+after it. Errors are so corrected downstream instead of piling up. (The idea of GPTQ, Frantar et al. 2022,
+arXiv:2210.17323, with the shift of Nagel et al. 2019, arXiv:1906.04721.)
+"""
+# SPDX-License-Identifier: BSD-3-Clause
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from skfactor.bridge.batchnorm import normalisation_after
+from skfactor.bridge.calibrate import Moments, evaluation, hooked, kind_of_inputs
+from skfactor.bridge.fitting import Fitted, Job, fit_jobs, relative_error
+from skfactor.bridge.layers import LayerSpec, Network, entries_of_module
+from skfactor.bridge.rules import Plan
+from skfactor.bridge.tensors import from_bits, to_bits
+from skfactor.codec.dtypes import from_float, to_float
+from skfactor.codec.tensor import Layout
+
+__all__ = ["fit_in_order"]
+
+_Owners = list[tuple[nn.Module, LayerSpec]]
+
+
+@dataclass(frozen=True)
+class _JointMoments:
+    """Of the inputs u of the original layer and û of the compressed network's, by group: (g, d) and (g, d, d)."""
+
+    mean: np.ndarray
+    mean_hat: np.ndarray
+    gram_hat: np.ndarray
+    cross: np.ndarray
+
+
+def fit_in_order(model: nn.Module, network: Network, plan: Plan, batches: list[tuple[tuple, dict]], moments: Moments,
+                 *, damping: float = 0.003, progress: bool = True) -> dict[str, Fitted]:
+    """Fit the layers in the order in which they run, and write each into `model` before the next.
+
+    Parameters
+    ----------
+    model : Module
+        Changed in place: weights, and the biases that take up the shift of the mean.
+    network : Network
+        Of `model`.
+    plan : Plan
+    batches : list of (args, kwargs)
+        Forward passes; they run twice for every layer.
+    moments : Moments
+        What is known of tensors that have no input vectors of their own (embeddings). Layers that the batches do not
+        reach are added to its `missing`, and fitted without.
+    damping : float, default=0.003
+        δ as a share of the mean of the diagonal of G.
+    progress : bool, default=True
+
+    Returns
+    -------
+    fitted : dict of str to Fitted
+    """
+    reference = copy.deepcopy(model)
+    twins = entries_of_module(reference).owners
+    owners = {name: network.owners[name] for name in plan.taken if network.owners[name]}
+    order = _order(model, owners, batches[0])
+    norms = normalisation_after(model, [m for layers in owners.values() for m, _ in layers], *batches[0])
+    entries = {e.name: e for e in network.entries if e.name in plan.taken}
+    # embeddings come before what reads them; biases last, when they have taken up all shifts
+    names = list(dict.fromkeys([*moments.importances, *order, *entries]))
+    fitted = {}
+    for name in tqdm(names, disable=None if progress else True, unit="tensor", desc="compress"):
+        entry, weight = entries[name], network.tensors[name]
+        layout = entry.layout or Layout.rows_first(entry.shape)
+        W = layout.to_matrix(to_float(to_bits(weight), entry.dtype))
+        joint = _joint_moments(model, owners[name], reference, twins[name], batches) if name in order else None
+        if joint is None:
+            side, target = moments.side(name), W
+            if not side:
+                moments.missing.setdefault(name, "not reached by the calibration inputs")
+        else:
+            carrier = _bias_carrier(owners[name], norms)
+            target, gram = _best_target(W.astype(np.float64), joint, carrier is not None, damping)
+            side = {"input_gram": gram[0] if len(gram) == 1 else gram}
+        bits = from_float(layout.to_tensor(target, entry.shape), entry.dtype)
+        (done,) = fit_jobs([Job(entry, plan.taken[name], lambda bits=bits: bits, side)], progress=False)
+        W_hat = layout.to_matrix(to_float(done.tensor.to_array(), entry.dtype))
+        fitted[name] = replace(done, record=replace(done.record, relative_error=relative_error(W, W_hat)))
+        with torch.no_grad():
+            weight.copy_(from_bits(done.tensor.to_array(), entry.dtype))
+            if joint is not None and carrier is not None:
+                _add(carrier, _apply(W, joint.mean) - _apply(W_hat, joint.mean_hat))
+    return fitted
+
+
+def _order(model: nn.Module, owners: dict[str, _Owners], batch: tuple[tuple, dict]) -> list[str]:
+    """Names with input vectors, in the order in which their layers first run."""
+    seen: dict[nn.Module, None] = {}
+    modules = {m for layers in owners.values() for m, _ in layers}
+    with hooked((m, lambda module, args, kwargs: seen.setdefault(module), "before") for m in modules):
+        _run(model, batch)
+    place = {module: i for i, module in enumerate(seen)}
+    first = {name: min((place[m] for m, _ in layers if m in place), default=None) for name, layers in owners.items()}
+    usable = [n for n, layers in owners.items() if first[n] is not None and kind_of_inputs(layers).is_vectors]
+    return sorted(usable, key=lambda n: first[n])
+
+
+def _joint_moments(model: nn.Module, owners: _Owners, reference: nn.Module, twins: _Owners,
+                   batches: Iterable[tuple[tuple, dict]]) -> _JointMoments:
+    vectors = kind_of_inputs(owners).vectors
+    sums: list[torch.Tensor] = []
+    count = 0
+    for batch in batches:
+        pairs = zip(_calls(reference, twins, batch), _calls(model, owners, batch), strict=True)
+        for (module, parameter, args, kwargs), (hat, _, hat_args, hat_kwargs) in pairs:
+            for u, v in zip(vectors(module, args, kwargs, parameter), vectors(hat, hat_args, hat_kwargs, parameter),
+                            strict=True):
+                u, v = (x if x.dtype == torch.float64 else x.float() for x in (u, v))
+                new = [u.sum(1), v.sum(1), v.transpose(1, 2) @ v, u.transpose(1, 2) @ v]
+                sums = [s + x.double() for s, x in zip(sums, new, strict=True)] if sums else [x.double() for x in new]
+                count += u.shape[1]
+    return _JointMoments(*((s / count).cpu().numpy() for s in sums))
+
+
+def _calls(model: nn.Module, owners: _Owners, batch: tuple[tuple, dict]) -> list[tuple]:
+    """(module, parameter, args, kwargs) of every call of the layers in one forward pass."""
+    calls: list[tuple] = []
+    parameters = {module: spec.parameter for module, spec in owners}
+
+    def remember(module, args, kwargs):
+        calls.append((module, parameters[module], args, kwargs))
+
+    with hooked((module, remember, "before") for module, _ in owners):
+        _run(model, batch)
+    return calls
+
+
+def _run(model: nn.Module, batch: tuple[tuple, dict]) -> None:
+    args, kwargs = batch
+    with evaluation(model):
+        model(*args, **kwargs)
+
+
+def _best_target(W: np.ndarray, joint: _JointMoments, centred: bool, damping: float) -> tuple[np.ndarray, np.ndarray]:
+    """W' and G of the module's docstring, block of rows by block of rows; not centred where no bias takes the shift."""
+    G, C = joint.gram_hat.copy(), joint.cross.copy()
+    if centred:
+        G -= joint.mean_hat[:, :, None] * joint.mean_hat[:, None, :]
+        C -= joint.mean[:, :, None] * joint.mean_hat[:, None, :]
+    blocks = []
+    for w, g, c in zip(np.split(W, len(G)), G, C, strict=True):
+        ridge = damping * np.trace(g) / len(g)
+        change = np.linalg.solve(g + ridge * np.eye(len(g)), (c - g).T @ w.T).T if ridge > 0 else 0.0
+        blocks.append(w + change)
+    return np.concatenate(blocks), G
+
+
+def _apply(W: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """W E[u] for (g, d) means of the inputs of g blocks of rows."""
+    return np.concatenate([w @ m for w, m in zip(np.split(W.astype(np.float64), len(means)), means, strict=True)])
+
+
+_Carrier = tuple[torch.Tensor, torch.Tensor | float]
+
+
+def _bias_carrier(owners: _Owners, norms: dict[nn.Module, nn.Module]) -> _Carrier | None:
+    """The bias that can shift a layer's output, and by how much it does per unit; None when there is none."""
+    if len(owners) != 1 or owners[0][1].parameter != "weight":
+        return None
+    module = owners[0][0]
+    norm = norms.get(module)
+    if norm is not None:
+        return norm.bias, norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
+    bias = getattr(module, "bias", None)
+    return (bias, 1.0) if isinstance(bias, nn.Parameter) else None
+
+
+def _add(carrier: _Carrier, shift: np.ndarray) -> None:
+    bias, scale = carrier
+    bias.copy_(bias.double() + scale * torch.from_numpy(shift).to(bias.device))
