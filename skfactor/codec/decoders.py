@@ -17,6 +17,8 @@ from skfactor.exceptions import FormatError
 
 __all__ = ["CodebookDecoder", "Decoder", "IdentityDecoder", "decoder_from_parts", "register_decoder"]
 
+_BLOCK_CODES = 1 << 20
+
 _REGISTRY: dict[str, type[Decoder]] = {}
 
 
@@ -37,6 +39,10 @@ class Decoder:
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Turn codes (n_rows, m) back into the matrix (n_rows, n_columns) that was encoded."""
         raise TypeError(f"{type(self).__name__} does not define decode(codes)")
+
+    def decoded_shape(self, codes_shape: tuple[int, int]) -> tuple[int, int]:
+        """Shape of `decode(codes)`, told without decoding, so that a small file cannot ask for a large tensor."""
+        raise TypeError(f"{type(self).__name__} does not define decoded_shape(codes_shape)")
 
     def code_hints(self) -> dict[str, Any]:
         """What the entropy coder may know of integer codes: `n_symbols` and `zero` (code nearest to 0, or None).
@@ -70,6 +76,9 @@ class IdentityDecoder(Decoder):
     """Codes are the values themselves: pruners and lossless steps."""
 
     name: ClassVar[str] = "identity"
+
+    def decoded_shape(self, codes_shape):
+        return codes_shape
 
     def decode(self, codes):
         return codes
@@ -126,19 +135,36 @@ class CodebookDecoder(Decoder):
         codes = np.asarray(codes)
         if codes.ndim != 2 or codes.dtype.kind not in "iu":
             raise ValueError(f"codes must be a 2-D integer array, got {codes.dtype} with {codes.ndim} dimensions")
-        n_books, n_symbols, vector_size = self.codebooks.shape
+        _, n_symbols, vector_size = self.codebooks.shape
         if codes.size and (codes.min() < 0 or codes.max() >= n_symbols):
             raise ValueError(f"codes must lie in 0..{n_symbols - 1}, got {codes.min()}..{codes.max()}")
         n_rows, n_codes = codes.shape
+        shape = self.decoded_shape(codes.shape)
+        out = np.empty((n_rows, n_codes, vector_size), dtype=self.dtype)
         books = self.codebooks.astype(self.dtype)
-        if self.granularity == "tensor":
-            return books[0].take(codes.ravel(), axis=0).reshape(n_rows, n_codes * vector_size)
-        book_of = {
-            "row": lambda: np.arange(n_rows)[:, None],
-            "column": lambda: np.arange(n_codes)[None, :],
-            "group": lambda: (np.arange(n_rows) // self.group_size)[:, None],
-        }[self.granularity]()
-        if book_of.max(initial=-1) + 1 != n_books:
-            raise ValueError(f"codes of shape {codes.shape} need {book_of.max(initial=-1) + 1} codebooks with "
-                             f"granularity {self.granularity!r}, got {n_books}")
-        return books[book_of, codes].reshape(n_rows, n_codes * vector_size)
+        # blocks of rows: numpy makes 8-byte indices of the codes of a block, not of all of them
+        step = max(1, _BLOCK_CODES // max(1, n_codes))
+        for i in range(0, n_rows, step):
+            block = codes[i : i + step]
+            if self.granularity == "tensor":
+                np.take(books[0], block, axis=0, out=out[i : i + step], mode="clip")  # codes are in range: no buffer
+            else:
+                out[i : i + step] = books[self._book_of(i, i + len(block), n_codes), block]
+        return out.reshape(shape)
+
+    def _book_of(self, start, stop, n_codes):
+        """Codebook of every code of the rows start..stop, to broadcast against them."""
+        if self.granularity == "column":
+            return np.arange(n_codes)[None, :]
+        size = 1 if self.granularity == "row" else self.group_size
+        return (np.arange(start, stop) // size)[:, None]
+
+    def decoded_shape(self, codes_shape):
+        n_rows, n_codes = codes_shape
+        n_books, _, vector_size = self.codebooks.shape
+        groups = -(-n_rows // (self.group_size or 1))
+        needed = {"tensor": 1, "row": n_rows, "column": n_codes, "group": groups}[self.granularity]
+        if n_books != needed and n_rows and n_codes:
+            raise ValueError(f"codes of shape {tuple(codes_shape)} need {needed} codebooks with granularity "
+                             f"{self.granularity!r}, got {n_books}")
+        return n_rows, n_codes * vector_size

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from skfactor.codec.coders import FAST_ABOVE, decode_bytes, decode_codes, encode_bytes, encode_codes
-from skfactor.codec.decoders import CodebookDecoder, Decoder, IdentityDecoder, decoder_from_parts
+from skfactor.codec.decoders import Decoder, decoder_from_parts
 from skfactor.codec.dtypes import DTYPES, host_dtype, is_float
 from skfactor.codec.floats import bits_of, find_grid, find_line, grid_values, line_values
 from skfactor.codec.index import TAIL_BYTES, Index, encode_region
@@ -571,39 +571,15 @@ def _rebuilt_decoder(name: str, params: dict[str, Any], arrays: dict[str, np.nda
     return decoder
 
 
-def _decoded_shape(decoder: Decoder, codes_shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Shape of `decoder.decode(codes)`, found without decoding; None where a decoder cannot tell.
-
-    A decoder tells by a method `decoded_shape(codes_shape)`.
-    """
-    if hasattr(decoder, "decoded_shape"):
-        return decoder.decoded_shape(codes_shape)
-    if isinstance(decoder, IdentityDecoder):
-        return codes_shape
-    if isinstance(decoder, CodebookDecoder):
-        n_rows, n_codes = codes_shape
-        n_books, _, vector_size = decoder.codebooks.shape
-        group = decoder.group_size if decoder.granularity == "group" else 1
-        needed = {"tensor": 1, "row": n_rows, "column": n_codes, "group": -(-n_rows // group)}[decoder.granularity]
-        if n_books != needed and n_rows and n_codes:
-            raise ValueError(f"granularity {decoder.granularity!r} needs {needed} codebooks, got {n_books}")
-        return n_rows, n_codes * vector_size
-    return None
-
-
 def _check_chain(decoders: list[Decoder], codes: np.ndarray, layout: Layout) -> None:
     """Follow the shapes through the chain before anything is decoded: a small codebook must not become a large tensor.
-
-    Stops at the first decoder that cannot tell.
     """
-    shape: tuple[int, ...] | None = codes.shape
+    shape: tuple[int, ...] = codes.shape
     for decoder in reversed(decoders):
         try:
-            shape = _decoded_shape(decoder, shape)
+            shape = decoder.decoded_shape(shape)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise FormatError(f"codes of shape {shape} do not fit decoder {decoder.name!r}: {error}") from error
-        if shape is None:
-            return
     expected = (layout.n_rows, math.prod(layout.kernel_shape))
     _require(tuple(shape) == expected, f"codes decode to a matrix of shape {tuple(shape)}, expected {expected}")
 

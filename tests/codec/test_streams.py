@@ -46,6 +46,9 @@ class _EverythingDecoder(Decoder):
     def decode(self, codes):
         return codes * self.scale + self.table.sum()
 
+    def decoded_shape(self, codes_shape):
+        return codes_shape[0], int(np.prod(codes_shape[1:]))
+
 
 def _everything(codes, **params):
     decoder = _EverythingDecoder(
