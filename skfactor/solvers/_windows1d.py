@@ -7,7 +7,7 @@ from skfactor.solvers._assign1d import midpoints, round_down
 from skfactor.solvers._prefix import build_prefix, cell_means, interval_inertia, merge_duplicates, sums_at
 
 _MOVES, _MOVES_LAST = 6, 24  # joint moves per level
-_WORTH, _WORTH_LAST = 1e-5, 1e-8  # relative gain that is worth another move at the same level
+_WORTH, _WORTH_LAST = 1e-6, 1e-8  # relative gain that is worth another move at the same level
 
 def distinct(data):
     """``data`` with equal values merged."""
