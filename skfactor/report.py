@@ -518,7 +518,7 @@ def _error_of(file, name, reference, record):
     """(‖W − Ŵ‖ / ‖W‖, ‖W‖²) as far as the uncompressed file and the record of the compression tell."""
     known = None if record is None else _root(record.relative_error)
     if reference is None or name not in reference.names:
-        return known, None
+        return known, None if record is None else record.squared_norm
     W = _values(reference, name)
     if known is not None:
         return known, _squared_norm(W)

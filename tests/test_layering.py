@@ -12,9 +12,8 @@ ORDER = [
     {"solvers"},
     {"codec"},
     {"estimators"},
-    {"selection", "plotting"},
+    {"selection", "plotting", "report"},
     {"bridge"},
-    {"report"},
     {"demo", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -24,7 +24,7 @@ from skfactor.codec.tensor import CompressedTensor, Layout
 from skfactor.estimators.base import compressed_tensor, fit_params, steps_of
 from skfactor.exceptions import LayerError
 
-__all__ = ["Fitted", "Job", "TensorRecord", "fit_jobs", "raw_record", "relative_error"]
+__all__ = ["Fitted", "Job", "TensorRecord", "fit_jobs", "raw_record", "relative_error", "squared_norm"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class TensorRecord:
         Estimator with its parameters; None when stored losslessly.
     relative_error : float
         ‖W − Ŵ‖² / ‖W‖² of what is stored, after the cast to the tensor's dtype (0 when lossless).
+    squared_norm : float or None
+        ‖W‖², which weighs the relative error in a total; None when lossless.
     output_error : float or None
         tr((W−Ŵ) G (W−Ŵ)ᵀ) / tr(W G Wᵀ) with the second moment G of the layer's inputs, when there was one.
     kappa : float or None
@@ -69,6 +71,7 @@ class TensorRecord:
     tied_to: tuple[str, ...] = ()
     estimator: str | None = None
     relative_error: float = 0.0
+    squared_norm: float | None = None
     output_error: float | None = None
     kappa: float | None = None
     n_clusters: int | None = None
@@ -244,7 +247,7 @@ def _fit(item: _Item, estimator: Any, bits: np.ndarray, side: dict[str, np.ndarr
     del fitted  # before the reconstruction: its labels may be as large as the tensor
     X_hat = layout.to_matrix(_floats(tensor.to_array(), dtype))
     _check_reconstruction(X_hat)
-    record = replace(record, relative_error=relative_error(X, X_hat),
+    record = replace(record, relative_error=relative_error(X, X_hat), squared_norm=squared_norm(X),
                      output_error=_output_error(X, X_hat, side.get("input_gram")))
     return Fitted(tensor, kept, record)
 
@@ -277,12 +280,18 @@ def _row_blocks(X: np.ndarray) -> Iterator[slice]:
 
 def relative_error(X: np.ndarray, X_hat: np.ndarray) -> float:
     """‖X − X̂‖² / ‖X‖², summed in float64 without a float64 copy of either; ‖X̂‖² when X is zero."""
-    error = total = 0.0
-    for rows in _row_blocks(X):
-        x = X[rows].astype(np.float64).ravel()
-        e = x - X_hat[rows].ravel()
-        error, total = error + float(e @ e), total + float(x @ x)
+    error = sum(_square_sum(X[rows].astype(np.float64) - X_hat[rows]) for rows in _row_blocks(X))
+    total = squared_norm(X)
     return error / total if total > 0 else error
+
+
+def squared_norm(X: np.ndarray) -> float:
+    """‖X‖², summed in float64 without a float64 copy."""
+    return sum(_square_sum(X[rows].astype(np.float64)) for rows in _row_blocks(X))
+
+
+def _square_sum(block: np.ndarray) -> float:
+    return float(np.einsum("ij,ij->", block, block))  # no BLAS: its threads cost more than they give here
 
 
 def _output_error(X: np.ndarray, X_hat: np.ndarray, gram: np.ndarray | None) -> float | None:

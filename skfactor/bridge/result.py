@@ -14,6 +14,7 @@ from skfactor.bridge.fitting import Fitted, Job, TensorRecord, fit_jobs, raw_rec
 from skfactor.bridge.rules import Plan, TensorEntry
 from skfactor.codec.container import SkfWriter
 from skfactor.codec.tensor import CompressedTensor, RawTensor
+from skfactor.report import Report
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +79,11 @@ class CompressionResult:
     def ties(self) -> dict[str, str]:
         """Other name of a tied tensor -> name under which it is stored."""
         return {name: first for name, first in self.names.items() if name != first}
+
+    @property
+    def report(self) -> Report:
+        """Sizes and errors, per tensor and in total; the sizes by really encoding the file."""
+        return Report.from_result(self)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Reconstructed tensors by name, on the CPU, the bits that a saved file gives; tied names share one tensor."""

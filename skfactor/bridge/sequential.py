@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from skfactor.bridge.batchnorm import normalisation_after
 from skfactor.bridge.calibrate import Moments, evaluation, hooked, kind_of_inputs
-from skfactor.bridge.fitting import Fitted, Job, fit_jobs, relative_error
+from skfactor.bridge.fitting import Fitted, Job, fit_jobs, relative_error, squared_norm
 from skfactor.bridge.layers import LayerSpec, Network, entries_of_module
 from skfactor.bridge.rules import Plan
 from skfactor.bridge.tensors import from_bits, to_bits
@@ -95,7 +95,8 @@ def fit_in_order(model: nn.Module, network: Network, plan: Plan, batches: list[t
         bits = from_float(layout.to_tensor(target, entry.shape), entry.dtype)
         (done,) = fit_jobs([Job(entry, plan.taken[name], lambda bits=bits: bits, side)], progress=False)
         W_hat = layout.to_matrix(to_float(done.tensor.to_array(), entry.dtype))
-        fitted[name] = replace(done, record=replace(done.record, relative_error=relative_error(W, W_hat)))
+        fitted[name] = replace(done, record=replace(done.record, relative_error=relative_error(W, W_hat),
+                                                              squared_norm=squared_norm(W)))
         with torch.no_grad():
             weight.copy_(from_bits(done.tensor.to_array(), entry.dtype))
             if joint is not None and carrier is not None:
