@@ -177,16 +177,13 @@ def hooked(hooks: Iterable[tuple[nn.Module, Callable, str]]) -> Iterator[None]:
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and no fused attention that would go past the hooks; all as before on exit."""
+    """Eval mode without gradients; all as before on exit."""
     modes = [(m, m.training) for m in model.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes:
             module.training = training
 

@@ -228,6 +228,18 @@ def test_channels_last_and_non_contiguous():
     assert torch.equal(a, b)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_network_on_a_gpu(cnn, tmp_path):
+    x = torch.randn(4, 3, 8, 8)
+    expected = skfactor.compress(cnn, SHARE, progress=False)
+    result = skfactor.compress(copy.deepcopy(cnn).cuda(), SHARE, progress=False)
+    assert result.model.conv1.weight.is_cuda
+    assert same(result.state_dict(), expected.state_dict())
+    fresh = skfactor.load_into(SmallCNN().cuda(), result.save(tmp_path / "g.skf"))
+    assert same({k: v.cpu() for k, v in fresh.state_dict().items()}, expected.state_dict())
+    assert skfactor.compress(copy.deepcopy(cnn).cuda(), SHARE, calibration=x, progress=False).uncalibrated == {}
+
+
 def test_any_number_of_workers_and_any_backend_gives_the_same_bits(cnn):
     x = torch.randn(4, 3, 8, 8)
 
