@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,8 +90,8 @@ class TensorReport:
 class Report:
     """Table of what is stored, tensor by tensor and in total.
 
-    `print(report)` shows an aligned table, a notebook an HTML one; `to_frame`, `to_dict` and `to_json` give the
-    figures. Made by `Report.from_file` or by `Report.from_result`.
+    `print(report)` shows an aligned table (many lossless tensors as one line), a notebook an HTML one; `to_frame`,
+    `to_dict` and `to_json` give the figures. Made by `Report.from_file` or by `Report.from_result`.
 
     Attributes
     ----------
@@ -295,6 +295,19 @@ class Report:
         total = self.total
         return f"<Report of {len(self.rows)} tensors: {total['bytes_before']:,} -> {total['bytes_after']:,} bytes>"
 
+    def _shown_rows(self):
+        """The rows; beside compressed tensors more than `_MOST_LOSSLESS` lossless ones become one line."""
+        lossless = [row for row in self.rows if row.method == "lossless"]
+        if len(lossless) <= _MOST_LOSSLESS or len(lossless) == len(self.rows):
+            return self.rows
+        merged = replace(
+            lossless[0], name=f"({len(lossless)} lossless tensors)", shape=None, coder="", note="",
+            parameters=sum(row.parameters for row in lossless),
+            bytes_before=sum(row.bytes_before for row in lossless),
+            bytes_after=sum(row.bytes_after for row in lossless),
+        )
+        return (*(row for row in self.rows if row.method != "lossless"), merged)
+
     def _cells(self):
         """Header, and lines of cells: the tensors, the overhead, the total (last)."""
         total = self.total
@@ -302,7 +315,7 @@ class Report:
         columns = _COLUMNS + (_DETAIL_COLUMNS if any(row.coded_bytes for row in self.rows) else ())
         if all(row.output_error is None for row in self.rows):
             columns = tuple(column for column in columns if column[0] != "output error")
-        lines = [[cell(row, all_bytes) for _, cell in columns] for row in self.rows]
+        lines = [[cell(row, all_bytes) for _, cell in columns] for row in self._shown_rows()]
         filler = [""] * (len(columns) - _N_COMMON)
         if self.overhead:
             share = _percent(self.overhead / all_bytes)
@@ -372,7 +385,7 @@ def _coded_text(key):
 #: title and text of every column; the first eight are also filled for the overhead and the total
 _COLUMNS = (
     ("tensor", lambda row, _: row.name),
-    ("shape", lambda row, _: _shape_text(row.shape)),
+    ("shape", lambda row, _: "" if row.shape is None else _shape_text(row.shape)),
     ("weights", lambda row, _: f"{row.parameters:,}"),
     ("bits/weight", lambda row, _: _number(row.bits_per_weight)),
     ("before", lambda row, _: f"{row.bytes_before:,}"),
@@ -387,6 +400,7 @@ _COLUMNS = (
 )
 _DETAIL_COLUMNS = tuple((title, _coded_text(title)) for title in ("fixed", "Huffman", "entropy", "stored"))
 _N_COMMON = 8
+_MOST_LOSSLESS = 8
 _LEFT = ("tensor", "shape", "method", "coder", "result")
 
 

@@ -184,15 +184,17 @@ class KMeansWeightSharer(BaseCompressor):
         gram = None if input_gram is None else check_gram(input_gram, X)
         plan = self._resolve(X, weights, gram)
 
-        solution = solve_books(X, weights, plan)
-        codes = assign_codes(X, solution.codebooks, plan, code_lengths=solution.code_lengths,
+        # without the gram a bit is weighed against the error of the weights: the mean input power makes them one unit
+        start = plan if gram is None else plan._replace(lagrangian=plan.lagrangian / _mean_power(gram))
+        solution = solve_books(X, weights, start)
+        codes = assign_codes(X, solution.codebooks, start, code_lengths=solution.code_lengths,
                              importance=weights.importance)
         lower_bound, problem, error = solution.lower_bound, None, None
         if gram is not None:
             problem = OutputProblem(gram, _row_importance(weights), plan._replace(rng=None))
             counts = None if weights.counts is None else weights.counts[:, 0]
             solution, codes, uses_feedback, error = fit_for_output(X, solution, codes, problem, counts)
-            problem = problem if uses_feedback else None
+            problem, plan = (problem, plan) if uses_feedback else (None, start)
 
         self.decoder_ = CodebookDecoder(solution.codebooks, self.granularity, self.group_size, X.dtype.name)
         self.labels_ = codes
@@ -370,6 +372,10 @@ class KMeansWeightSharer(BaseCompressor):
 
 def _row_importance(weights):
     return None if weights.importance is None else np.ascontiguousarray(weights.importance[:, 0])
+
+
+def _mean_power(gram):
+    return float(np.einsum("gii->", gram)) / (len(gram) * gram.shape[1]) or 1.0
 
 
 def _mean_square(X, weights, gram):
