@@ -7,6 +7,7 @@ import numpy as np
 
 from skfactor.solvers.kmeans import assign, kmeans
 from skfactor.solvers.kmeans1d import (
+    KMeans1DResult,
     assign_1d,
     assign_1d_entropy,
     entropy_kmeans_1d,
@@ -188,6 +189,8 @@ def _plain_scalars(x, w, k, plan):
     best = None
     for _ in range(n_init):
         start = init_1d(x, k, method=plan.init, weights=w, rng=plan.rng)
+        if plan.max_iter == 0:
+            return KMeans1DResult(start, np.inf, 0.0, 1)
         result = lloyd_1d(x, start, weights=w, max_iter=plan.max_iter, tol=plan.tol)
         if best is None or result.inertia < best.inertia:
             best = result
