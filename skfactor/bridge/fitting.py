@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from skfactor.bridge.rules import TensorEntry
-from skfactor.codec.dtypes import itemsize, to_float
+from skfactor.codec.dtypes import from_float, itemsize, to_float
 from skfactor.codec.tensor import CompressedTensor, Layout
 from skfactor.estimators.base import compressed_tensor, fit_params, steps_of
 from skfactor.exceptions import LayerError
@@ -245,7 +245,9 @@ def _fit(item: _Item, estimator: Any, bits: np.ndarray, side: dict[str, np.ndarr
     )
     kept = fitted if item.keep_estimator else None
     del fitted  # before the reconstruction: its labels may be as large as the tensor
-    X_hat = layout.to_matrix(_floats(tensor.to_array(), dtype))
+    X_hat = tensor.to_matrix()
+    if X_hat.dtype.name != dtype:
+        X_hat = to_float(from_float(X_hat, dtype), dtype)
     _check_reconstruction(X_hat)
     record = replace(record, relative_error=relative_error(X, X_hat), squared_norm=squared_norm(X),
                      output_error=_output_error(X, X_hat, side.get("input_gram")))
