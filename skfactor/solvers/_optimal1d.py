@@ -158,8 +158,8 @@ def _exact_borders(data, n_clusters, slack=0):
     if n_clusters >= n:
         return data, np.arange(n + 1), 0.0, 1
     borders = compander_borders(data, n_clusters)
-    inertia = settle(data, borders)[1]
-    borders, bound, n_iter = best_chain(data, n_clusters, 1.8 * inertia / n_clusters, slack=slack)
+    inertia = settle(data, borders, 40)[1]
+    borders, bound, n_iter = best_chain(data, n_clusters, 1.95 * inertia / n_clusters, slack=slack)
     return data, borders, bound, n_iter
 
 

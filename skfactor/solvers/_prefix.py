@@ -165,17 +165,22 @@ def cell_means(data, borders):
     return means
 
 
+def _square_sum(d, w):
+    """``sum w d^2`` without BLAS, whose threads would go on spinning between calls this short."""
+    return float(np.einsum("i,i->", d, d) if w is None else np.einsum("i,i,i->", d, d, w))
+
+
 def interval_inertia(data, borders, centers):
     """``sum_i w_i (x_i - c_k)^2`` where cell k is ``borders[k]:borders[k+1]``; one streaming pass."""
     total = 0.0
     counts = np.diff(borders)
     if data.size <= _CHUNK:
         d = data.x - np.repeat(centers, counts)
-        return float(np.dot(d, d) if data.w is None else np.dot(d * d, data.w))
+        return _square_sum(d, data.w)
     for lo in range(0, data.size, _CHUNK):
         hi = min(lo + _CHUNK, data.size)
         k0, k1 = np.searchsorted(borders, (lo, hi - 1), side="right") - 1
         edges = np.clip(borders[k0 : k1 + 2], lo, hi)
         d = data.x[lo:hi] - np.repeat(centers[k0 : k1 + 1], np.diff(edges))
-        total += float(np.dot(d, d) if data.w is None else np.dot(d * d, data.w[lo:hi]))
+        total += _square_sum(d, None if data.w is None else data.w[lo:hi])
     return total

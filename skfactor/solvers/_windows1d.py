@@ -169,10 +169,10 @@ def _joint_move(data, borders, positions):
     return choice, final[choice[-1]]
 
 
-def settle(data, borders):
+def settle(data, borders, max_iter=100):
     """Centres and inertia of a partition whose cells are the nearest-centre cells of its means."""
     centers = cell_means(data, borders)
-    for _ in range(100):
+    for _ in range(max_iter):
         nearest = cut(data.x, centers)
         if np.array_equal(nearest, borders) or (np.diff(nearest) <= 0).any():
             break
