@@ -135,22 +135,29 @@ class CodebookDecoder(Decoder):
         codes = np.asarray(codes)
         if codes.ndim != 2 or codes.dtype.kind not in "iu":
             raise ValueError(f"codes must be a 2-D integer array, got {codes.dtype} with {codes.ndim} dimensions")
-        _, n_symbols, vector_size = self.codebooks.shape
+        n_symbols = self.codebooks.shape[1]
         if codes.size and (codes.min() < 0 or codes.max() >= n_symbols):
             raise ValueError(f"codes must lie in 0..{n_symbols - 1}, got {codes.min()}..{codes.max()}")
         n_rows, n_codes = codes.shape
-        shape = self.decoded_shape(codes.shape)
-        out = np.empty((n_rows, n_codes, vector_size), dtype=self.dtype)
-        books = self.codebooks.astype(self.dtype)
+        out = np.empty(self.decoded_shape(codes.shape), dtype=self.dtype)
         # blocks of rows: numpy makes 8-byte indices of the codes of a block, not of all of them
         step = max(1, _BLOCK_CODES // max(1, n_codes))
-        for i in range(0, n_rows, step):
-            block = codes[i : i + step]
-            if self.granularity == "tensor":
-                np.take(books[0], block, axis=0, out=out[i : i + step], mode="clip")  # codes are in range: no buffer
-            else:
-                out[i : i + step] = books[self._book_of(i, i + len(block), n_codes), block]
-        return out.reshape(shape)
+        for start in range(0, n_rows, step):
+            self.decode_rows(codes, start, min(start + step, n_rows), out=out[start : start + step])
+        return out
+
+    def decode_rows(self, codes, start, stop, out=None):
+        """Rows start..stop of `decode(codes)`, of codes known to be in range."""
+        block = codes[start:stop]
+        vector_size = self.codebooks.shape[2]
+        if out is None:
+            out = np.empty((len(block), block.shape[1] * vector_size), dtype=self.dtype)
+        books, view = self.codebooks.astype(self.dtype, copy=False), out.reshape(*block.shape, vector_size)
+        if self.granularity == "tensor":
+            np.take(books[0], block, axis=0, out=view, mode="clip")  # in range, and "clip" needs no buffer
+        else:
+            view[:] = books[self._book_of(start, stop, block.shape[1]), block]
+        return out
 
     def _book_of(self, start, stop, n_codes):
         """Codebook of every code of the rows start..stop, to broadcast against them."""

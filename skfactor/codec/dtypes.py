@@ -64,7 +64,7 @@ def to_float(bits, name):
 
 
 def from_float(values, name):
-    """The array that carries `values` rounded to dtype `name` (to nearest, ties to even).
+    """The array that carries `values` rounded to dtype `name` (to nearest, ties to even); `values` if it already does.
 
     >>> import numpy as np
     >>> [hex(b) for b in from_float(np.array([1.0, -2.0, 3.14159]), "bfloat16")]
@@ -72,7 +72,7 @@ def from_float(values, name):
     """
     if name != "bfloat16":
         with np.errstate(over="ignore"):
-            return values.astype(host_dtype(name))
+            return values.astype(host_dtype(name), copy=False)
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
     is_nan = (bits & 0x7FFFFFFF) > 0x7F800000

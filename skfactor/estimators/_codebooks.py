@@ -17,6 +17,8 @@ from skfactor.solvers.kmeans1d import (
 )
 from skfactor.solvers.kmeans1d_rows import assign_1d_rows, kmeans_1d_rows
 
+_BLOCK_ELEMENTS = 1 << 18
+
 
 class Plan(NamedTuple):
     """Resolved parameters of one fit."""
@@ -258,11 +260,24 @@ def _join_books(codes, shape, plan):
     return np.concatenate([c.ravel() for c in codes]).reshape(shape)
 
 
-def squared_error(X, X_hat, weights):
-    """Weighted squared error in float64, summed over blocks of rows so that no second copy of `X` is made."""
+def squared_error(X, decoder, codes, weights):
+    """Weighted squared error of the codes in float64, without a second copy of `X`."""
+    return _blockwise_square_sum(X, weights, lambda rows: X[rows] - decoder.decode_rows(codes, rows.start, rows.stop))
+
+
+def weighted_square_sum(X, weights):
+    """Weighted sum of squares in float64, without a second copy of `X`."""
+    return _blockwise_square_sum(X, weights, lambda rows: X[rows])
+
+
+def _blockwise_square_sum(X, weights, values_of):
     total = 0.0
-    step = max(1, 1 << 18 // max(1, X.shape[1]))
-    for i in range(0, len(X), step):
-        block = np.square(X[i : i + step].astype(np.float64) - X_hat[i : i + step])
-        total += float((block if weights is None else block * weights[i : i + step]).sum())
+    step = max(1, _BLOCK_ELEMENTS // max(1, X.shape[1]))
+    for start in range(0, len(X), step):
+        rows = slice(start, min(start + step, len(X)))
+        values = values_of(rows).astype(np.float64)
+        if weights is None:
+            total += float(np.einsum("ij,ij->", values, values))
+        else:
+            total += float(np.einsum("ij,ij,ij->", np.broadcast_to(weights[rows], values.shape), values, values))
     return total

@@ -14,7 +14,15 @@ from skfactor._validation import check_gram, check_importance, check_matrix, che
 from skfactor.codec.coders import CODERS
 from skfactor.codec.decoders import CodebookDecoder
 from skfactor.codec.tensor import CompressedTensor
-from skfactor.estimators._codebooks import Plan, Weights, assign_codes, solve_books, split_books, squared_error
+from skfactor.estimators._codebooks import (
+    Plan,
+    Weights,
+    assign_codes,
+    solve_books,
+    split_books,
+    squared_error,
+    weighted_square_sum,
+)
 from skfactor.estimators._output import OutputProblem, choose_codes, fit_for_output
 from skfactor.estimators.base import BaseCompressor
 from skfactor.solvers.feedback import output_error
@@ -200,7 +208,7 @@ class KMeansWeightSharer(BaseCompressor):
         self.labels_ = codes
         self.cluster_centers_ = solution.codebooks[0] if len(solution.codebooks) == 1 else solution.codebooks
         self.code_lengths_ = solution.code_lengths
-        self.inertia_ = squared_error(X, self.decoder_.decode(codes), weights.of_error())
+        self.inertia_ = squared_error(X, self.decoder_, codes, weights.of_error())
         self.output_error_ = error
         self.lower_bound_ = min(lower_bound, self.inertia_)
         self.n_iter_ = max(1, solution.n_iter)
@@ -346,7 +354,7 @@ class KMeansWeightSharer(BaseCompressor):
         if gram is not None:
             self._check_output_mode(weights)
         return Plan(self.n_clusters, self.granularity, self.group_size or 1, self.vector_size, self.preserve_zeros,
-                    self.entropy_weight * _mean_square(X, weights, gram), init, self.max_iter, self.tol, self.n_init,
+                    self.entropy_weight and self.entropy_weight * _mean_square(X, weights, gram), init, self.max_iter, self.tol, self.n_init,
                     self.certify, check_random_state(self.random_state))
 
     def _check_output_mode(self, weights):
@@ -382,8 +390,7 @@ def _mean_square(X, weights, gram):
     """Mean weighted square of an element of `X`, or of its part in the output of the layer."""
     w = weights.of_error()
     if gram is None:
-        square = np.square(X, dtype=np.float64)
-        total = float((square if w is None else square * w).sum())
+        total = weighted_square_sum(X, w)
     else:
         row_weight = None if w is None else np.ascontiguousarray(w[:, 0])
         total = output_error(X, np.zeros_like(X), gram, row_weight=row_weight)

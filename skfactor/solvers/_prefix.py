@@ -13,6 +13,7 @@ import numpy as np
 _BLOCK = 32
 _FEW = 2
 _SMALL = 1 << 14  # below this every prefix sum is stored
+_LARGE = 1 << 22
 _CHUNK = 1 << 15  # samples per pass of a streaming loop: temporaries stay in the cache
 
 
@@ -77,6 +78,9 @@ def has_heavy_duplicates(x, fraction=0.12, probes=4096):
     """Whether sorted ``x`` has an atom of about 1/4096 of the samples, or more than ``fraction`` of repeats."""
     if x.size <= 4 * probes:
         return np.count_nonzero(x[1:] == x[:-1]) > fraction * x.size
+    if x.size > _LARGE:
+        # millions of float32 repeat for want of digits; merging such pairs would only cost memory
+        fraction = 0.75
     at = np.linspace(0, x.size - 2, probes).astype(np.intp)
     knots = x[at]
     return bool((knots[1:] == knots[:-1]).any() or np.mean(knots == x[at + 1]) > fraction)
