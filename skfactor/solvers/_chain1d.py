@@ -39,12 +39,11 @@ class _Chain(NamedTuple):
         return self.cost + self.price * (self.cells - n_cells)
 
 
-def best_chain(data, n_cells, price, known=None, slack=0):
+def best_chain(data, n_cells, price, known=None):
     """Optimal partition of distinct sorted samples into ``n_cells`` cells, and its dual bound.
 
     Searches the price whose cheapest chain has ``n_cells`` cells, starting from ``price``. Stops early when the
-    bound reaches ``known``, the inertia of a partition that the caller already has, or when two chains at most
-    ``slack`` cells apart enclose ``n_cells``: crossing over from one to the other is then near-optimal.
+    bound reaches ``known``, the inertia of a partition that the caller already has.
 
     Returns ``(borders or None, lower_bound, n_passes)``; None: the caller's partition is optimal.
     """
@@ -67,8 +66,6 @@ def best_chain(data, n_cells, price, known=None, slack=0):
             fewer = chain
         else:
             more = chain
-        if fewer is not None and more is not None and more.cells - fewer.cells <= slack:
-            return _splice(fewer.borders, more.borders, n_cells), bound, n_pass
         price = _next_price(chain, fewer, more, n_cells, n_pass)
 
 

@@ -118,9 +118,9 @@ def entropy_kmeans_1d(x, n_clusters, *, entropy_weight, weights=None, counts=Non
     """Scalar codebook that minimises distortion plus rate.
 
     Minimises ``sum_i n_i (w_i (x_i - c_{l_i})^2 + entropy_weight * bits_{l_i})`` over centres, labels and code
-    lengths ``bits_k = -log2(share of the labels equal to k)``, with weights w and counts n that are 1 by default, by alternating the three [1]_, each exact given the
-    others. It starts from the k-means optimum and from uniform codebooks, which are near-optimal at high rate [2]_,
-    and keeps the best. Codes that no value takes disappear.
+    lengths ``bits_k = -log2(share of the labels equal to k)``, with weights w and counts n that are 1 by default,
+    by alternating the three [1]_, each exact given the others. It starts from the k-means optimum and from uniform
+    codebooks, which are near-optimal at high rate [2]_, and keeps the best. Codes that no value takes disappear.
 
     Parameters
     ----------

@@ -142,7 +142,7 @@ def optimal_borders(data, n_clusters):
     rough = n <= _ROUGH or data.w is not None
     per_cell = _GRID_ROUGH if rough else _GRID
     grid = compander_borders(data, max(_MIN_GRID, per_cell * n_clusters))
-    _, borders, inertia, n_iter = _exact_borders(_coarse(data, grid), n_clusters, 0 if rough else n_clusters // 32)
+    _, borders, inertia, n_iter = _exact_borders(_coarse(data, grid), n_clusters)
     window = {"tau": 1 / 16, "half": 32, "narrow": 32} if rough else {"tau": 1 / 32, "half": 16, "narrow": 12}
     borders, n_moves = refine(data, grid[borders], inertia, **window)
     inner = borders[1:-1]
@@ -152,14 +152,14 @@ def optimal_borders(data, n_clusters):
     return data, borders, 0.0, n_iter + n_moves
 
 
-def _exact_borders(data, n_clusters, slack=0):
-    """Proven optimum over distinct samples (near-optimum with ``slack``, see :func:`best_chain`)."""
+def _exact_borders(data, n_clusters):
+    """Proven optimum over distinct samples."""
     n = data.size
     if n_clusters >= n:
         return data, np.arange(n + 1), 0.0, 1
     borders = compander_borders(data, n_clusters)
     inertia = settle(data, borders, 40)[1]
-    borders, bound, n_iter = best_chain(data, n_clusters, 1.95 * inertia / n_clusters, slack=slack)
+    borders, bound, n_iter = best_chain(data, n_clusters, 1.95 * inertia / n_clusters)
     return data, borders, bound, n_iter
 
 
