@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from skfactor import KMeansWeightSharer
+from skfactor import KMeansWeightSharer, MantissaRounder, UniformQuantizer
 
 
 @dataclass(frozen=True)
@@ -12,14 +12,14 @@ class Case:
     """One configured estimator.
 
     budget : name and rising values of the parameter that buys accuracy with bytes
-    full : parameters under which the reconstruction is exact
+    full : parameters under which the reconstruction is exact, None where no parameters make it so
     sklearn : whether scikit-learn's suite applies (not where X must have the rows of fit, or a divisible width)
     optimal : whether the solver is globally optimal, so that more budget can never mean more error
     """
 
     estimator: Any
     budget: tuple[str, tuple] = ("n_clusters", (2, 4, 8, 16))
-    full: dict = field(default_factory=lambda: {"n_clusters": 10_000})
+    full: dict | None = field(default_factory=lambda: {"n_clusters": 10_000})
     sklearn: bool = True
     optimal: bool = True
 
@@ -43,4 +43,7 @@ CASES = [
     Case(KMeansWeightSharer(n_clusters=6, vector_size=8, random_state=0), sklearn=False, optimal=False),
     Case(KMeansWeightSharer(n_clusters=3, vector_size=2, granularity="row", random_state=0),
          sklearn=False, optimal=False),
+    Case(UniformQuantizer(), budget=("step", (1.0, 0.5, 0.25, 0.1)), full=None, optimal=False),
+    Case(UniformQuantizer(entropy_weight=0.0), budget=("step", (1.0, 0.5, 0.25, 0.1)), full=None, optimal=False),
+    Case(MantissaRounder(), budget=("n_bits", (1, 2, 4, 8)), full={"n_bits": 53}),
 ]

@@ -3,5 +3,15 @@
 
 from skfactor.estimators.base import BaseCompressor, compressed_tensor, decoder_chain, fit_params
 from skfactor.estimators.kmeans_sharer import KMeansWeightSharer
+from skfactor.estimators.mantissa_rounder import MantissaRounder
+from skfactor.estimators.uniform_quantizer import UniformQuantizer
 
-__all__ = ["BaseCompressor", "KMeansWeightSharer", "compressed_tensor", "decoder_chain", "fit_params"]
+__all__ = [
+    "BaseCompressor",
+    "KMeansWeightSharer",
+    "MantissaRounder",
+    "UniformQuantizer",
+    "compressed_tensor",
+    "decoder_chain",
+    "fit_params",
+]

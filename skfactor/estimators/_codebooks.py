@@ -49,6 +49,11 @@ class Weights(NamedTuple):
         return None if not given else given[0] if len(given) == 1 else given[0] * given[1]
 
 
+def row_importance(weights):
+    """Importance of each row (n_rows,) of `Weights` whose importance does not differ within rows, or None."""
+    return None if weights.importance is None else np.ascontiguousarray(weights.importance[:, 0])
+
+
 class Solution(NamedTuple):
     """Codebooks found."""
 

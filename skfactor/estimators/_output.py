@@ -16,6 +16,7 @@ from skfactor.solvers.feedback import (
 from skfactor.solvers.feedback_vectors import feedback_quantize_vectors, refit_vector_centers
 
 _ROUNDS = 4  # codes, centroids and code lengths are fitted to each other this often
+DAMPING = 0.003  # of the gram, as a multiple of its mean diagonal
 
 
 class OutputProblem(NamedTuple):
@@ -26,8 +27,10 @@ class OutputProblem(NamedTuple):
     plan: object
 
 
-def fit_for_output(X, solution, codes, problem, counts):
+def fit_for_output(X, solution, codes, problem, counts, *, n_rounds=_ROUNDS, fixed_centers=False):
     """Lower the error of the layer's output by error feedback and refits; never worse than `solution` and `codes`.
+
+    With `fixed_centers` only the code lengths are refitted.
 
     Returns
     -------
@@ -39,12 +42,15 @@ def fit_for_output(X, solution, codes, problem, counts):
         Output error of the codes.
     """
     best = (_objective(X, solution, codes, problem, counts), solution, codes, False)
-    for _ in range(_ROUNDS):
+    for _ in range(n_rounds):
         codes = choose_codes(X, solution, problem).astype(codes.dtype)
         value = _objective(X, solution, codes, problem, counts)
         if value < best[0]:
             best = (value, solution, codes, True)
-        solution = _refit(X, solution, codes, problem, counts)
+        if fixed_centers:
+            solution = with_lengths(solution, codes, counts)
+        else:
+            solution = _refit(X, solution, codes, problem, counts)
     _, solution, codes, uses_feedback = best
     return solution, codes, uses_feedback, _output_error(X, solution, codes, problem, counts)
 
@@ -53,12 +59,23 @@ def choose_codes(X, solution, problem):
     """Codes of `X` by error feedback and coordinate descent under the gram."""
     plan, books = problem.plan, solution.codebooks
     if plan.vector_size > 1:
-        return feedback_quantize_vectors(X, books[0], problem.gram)
+        return feedback_quantize_vectors(X, books[0], problem.gram, damping=DAMPING)
     centers = _centers_of_rows(books, plan, len(X))
     lengths, price = _rate(X, solution, plan)
     given = {"code_lengths": lengths, "entropy_weight": price, "row_weight": problem.row_weight}
-    codes = feedback_quantize(X, centers, problem.gram, **given)
+    codes = feedback_quantize(X, centers, problem.gram, damping=DAMPING, **given)
     return refine_codes(X, codes, centers, problem.gram, **given)
+
+
+def codes_for_output(X, solution, problem, labels):
+    """`choose_codes` for rows that need not be those of the fit, which had `labels`."""
+    if problem.row_weight is not None and len(X) != len(labels):
+        # the importance of a row is known for the rows of fit only
+        problem = problem._replace(row_weight=np.full(len(X), problem.row_weight.mean()))
+    if len(X) % len(problem.gram):
+        raise ValueError(f"X must have a multiple of {len(problem.gram)} rows, one per group of input_gram, "
+                         f"got {len(X)}")
+    return choose_codes(X, solution, problem).astype(labels.dtype)
 
 
 def _centers_of_rows(books, plan, n_rows):
@@ -104,6 +121,16 @@ def decode(books, codes, plan):
     return np.take_along_axis(_centers_of_rows(books, plan, len(codes)), codes.astype(np.intp), axis=1)
 
 
+def with_lengths(solution, codes, counts):
+    """`solution` with the ideal lengths of these codes, if it has lengths."""
+    if solution.code_lengths is None:
+        return solution
+    n = np.ones(len(codes)) if counts is None else counts
+    share = np.bincount(codes.ravel(), np.repeat(n, codes.shape[1]), minlength=solution.codebooks.shape[1])
+    share = np.maximum(share, 0.5)  # half a count for codes out of use, so that they may come back
+    return solution._replace(code_lengths=-np.log2(share / share.sum())[None])
+
+
 def _refit(X, solution, codes, problem, counts):
     """Centroids in closed form for the codes, and code lengths from their shares."""
     plan, books = problem.plan, solution.codebooks
@@ -117,12 +144,7 @@ def _refit(X, solution, codes, problem, counts):
     centers = refit_centers(X, flat, books.ravel(), problem.gram, row_weight=weight)
     if plan.preserve_zeros:
         centers[books.ravel() == 0] = 0.0
-    lengths = solution.code_lengths
-    if lengths is not None:
-        n = np.ones(len(X)) if counts is None else counts
-        # half a count for codes out of use, so that they may come back
-        share = np.maximum(np.bincount(codes.ravel(), np.repeat(n, codes.shape[1]), minlength=k), 0.5)
-        lengths = -np.log2(share / share.sum())[None]
+    lengths = with_lengths(solution, codes, counts).code_lengths
     # ascending again, so that |code - zero| keeps its meaning for the coder
     centers = centers.reshape(n_books, k)
     order = np.argsort(centers, axis=1, kind="stable")

@@ -18,12 +18,13 @@ from skfactor.estimators._codebooks import (
     Plan,
     Weights,
     assign_codes,
+    row_importance,
     solve_books,
     split_books,
     squared_error,
     weighted_square_sum,
 )
-from skfactor.estimators._output import OutputProblem, choose_codes, fit_for_output
+from skfactor.estimators._output import OutputProblem, codes_for_output, fit_for_output
 from skfactor.estimators.base import BaseCompressor
 from skfactor.solvers.feedback import output_error
 from skfactor.solvers.kmeans1d import elbow_1d
@@ -199,7 +200,7 @@ class KMeansWeightSharer(BaseCompressor):
                              importance=weights.importance)
         lower_bound, problem, error = solution.lower_bound, None, None
         if gram is not None:
-            problem = OutputProblem(gram, _row_importance(weights), plan._replace(rng=None))
+            problem = OutputProblem(gram, row_importance(weights), plan._replace(rng=None))
             counts = None if weights.counts is None else weights.counts[:, 0]
             solution, codes, uses_feedback, error = fit_for_output(X, solution, codes, problem, counts)
             problem, plan = (problem, plan) if uses_feedback else (None, start)
@@ -238,19 +239,8 @@ class KMeansWeightSharer(BaseCompressor):
             raise ValueError(f"with granularity={self.granularity!r} X must have the {len(self.labels_)} rows of fit, "
                              f"got {len(X)}")
         if self._problem is not None:
-            return self._codes_for_output(X)
+            return codes_for_output(X, self._solution, self._problem, self.labels_)
         return assign_codes(X, self.decoder_.codebooks, self._plan, code_lengths=self.code_lengths_)
-
-    def _codes_for_output(self, X):
-        problem = self._problem
-        if problem.row_weight is not None:
-            # the importance of a row is known for the rows of fit only
-            known = problem.row_weight if len(X) == len(self.labels_) else np.full(len(X), problem.row_weight.mean())
-            problem = problem._replace(row_weight=known)
-        if len(X) % len(problem.gram):
-            raise ValueError(f"X must have a multiple of {len(problem.gram)} rows, one per group of input_gram, "
-                             f"got {len(X)}")
-        return choose_codes(X, self._solution, problem).astype(self.labels_.dtype)
 
     def elbow_curve(self, X, k_max=64, *, sample_weight=None, importance=None):
         """Inertia of the optimal codebook of every size up to `k_max`, in one pass.
@@ -353,9 +343,10 @@ class KMeansWeightSharer(BaseCompressor):
             raise ValueError(f"certify needs init='auto' or 'optimal', got {self.init!r}")
         if gram is not None:
             self._check_output_mode(weights)
+        lagrangian = self.entropy_weight and self.entropy_weight * _mean_square(X, weights, gram)
         return Plan(self.n_clusters, self.granularity, self.group_size or 1, self.vector_size, self.preserve_zeros,
-                    self.entropy_weight and self.entropy_weight * _mean_square(X, weights, gram), init, self.max_iter, self.tol, self.n_init,
-                    self.certify, check_random_state(self.random_state))
+                    lagrangian, init, self.max_iter, self.tol, self.n_init, self.certify,
+                    check_random_state(self.random_state))
 
     def _check_output_mode(self, weights):
         if self.granularity == "column":
@@ -376,10 +367,6 @@ class KMeansWeightSharer(BaseCompressor):
             warnings.warn(f"X gives only {found} distinct {kind} to share for n_clusters={self.n_clusters}; "
                           f"{found} clusters are used",
                           ConvergenceWarning, stacklevel=4)
-
-
-def _row_importance(weights):
-    return None if weights.importance is None else np.ascontiguousarray(weights.importance[:, 0])
 
 
 def _mean_power(gram):
