@@ -23,6 +23,8 @@ DEFAULT_RULE = "*=kmeans:n_clusters=32"
 #: name in a rule -> class in `skfactor.estimators`; a new estimator is one more line
 METHODS = {
     "kmeans": "KMeansWeightSharer",
+    "round": "MantissaRounder",
+    "uniform": "UniformQuantizer",
 }
 
 _EPILOG = """\
@@ -41,7 +43,7 @@ _COMPRESS_EPILOG = """\
 rules:
   PATTERN=METHOD        tensors whose name matches the shell pattern; the most specific rule wins, then the first
   PATTERN=none          keep them as they are, losslessly; so is every tensor that no rule takes
-  METHOD                kmeans, with parameters as kmeans:n_clusters=16,granularity=row
+  METHOD                kmeans, uniform or round, with parameters as kmeans:n_clusters=16,granularity=row
   METHOD1|METHOD2       one after the other, a pipeline: the second compresses the codes of the first
   '*' takes every matrix and convolution; biases and other vectors are taken only by a rule that names them
 

@@ -116,7 +116,7 @@ def kmeans_1d(x, n_clusters, *, weights=None, certify=False):
     x, weights = check_samples(x, weights, n_clusters)
     data, exponent = prepare(x, weights)
     data, borders, bound, n_iter = optimal_borders(data, n_clusters)
-    if certify and bound == 0.0:
+    if certify and bound == 0.0 and 2 < borders.size <= data.size:  # else the bound is the inertia, perhaps zero
         data, borders, bound, passes = _certified(data, borders)
         n_iter += passes
     centers, inertia, _ = settle(data, borders)

@@ -76,7 +76,7 @@ def test_the_step_is_all_that_is_stored_beside_the_codes():
 
 
 def test_too_fine_a_step():
-    with pytest.raises(ValueError, match="step must be at least .* for the largest weight"):
+    with pytest.raises(ValueError, match=r"step must be at least .* for the largest weight"):
         UniformQuantizer(1e-6).fit(matrix())
 
 
