@@ -77,7 +77,7 @@ class KMeansWeightSharer(BaseCompressor):
         Number of random starts, of which the best is kept ("k-means++" and "random").
     certify : bool, default=False
         Prove the optimality of the scalar codebook: closes the duality gap, so that `inertia_` equals
-        `lower_bound_` to rounding. Takes longer; fast with numba installed.
+        `lower_bound_` to rounding. Takes some seconds for millions of weights.
     coder : str, default="auto"
         Entropy coder of the codes in a file; "auto" takes the smallest, "huffman" is Deep Compression's third stage.
     random_state : int, RandomState instance or None, default=None
