@@ -50,8 +50,8 @@ class Effort(NamedTuple):
     entropy_weight: tuple[float, ...]
 
 
-FULL = Effort(40, (4, 8, 12, 16), (0.0, 0.003, 0.006, 0.01, 0.02))
-QUICK = Effort(12, (8, 16), (0.0, 0.01))
+FULL = Effort(40, (4, 8, 12, 16), (0.0, 0.005, 0.01, 0.02, 0.04, 0.08))
+QUICK = Effort(12, (8, 16), (0.0, 0.02))
 
 
 class Trial(NamedTuple):
