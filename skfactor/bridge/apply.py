@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from skfactor.bridge.assumed import ASSUMED, assumed_side, check_calibration_word, not_assumed
 from skfactor.bridge.batchnorm import fold_batch_norm
 from skfactor.bridge.calibrate import Calibration, collect_moments, kind_of_inputs, model_batches
 from skfactor.bridge.files import file_source
@@ -41,11 +42,13 @@ def compress(model: nn.Module | Mapping[str, torch.Tensor] | str | PathLike, rul
         two or more dimensions that belong to no known layer), or the default "*". The most specific one decides: exact
         name, patterns in the order given, type, default. None leaves a layer as it is. Compressors are cloned, never
         fitted. Parameters of one dimension and buffers are taken only where a rule names them.
-    calibration : tensor, tuple, dict, list or loader, default=None
+    calibration : tensor, tuple, dict, list, loader, Calibration or "assumed", default=None
         Unlabelled inputs; each layer's estimator then gets the second moment of the layer's inputs (`input_gram`), an
         embedding's how often each row is used (`importance`). A tensor is a batch of inputs, a tuple the positional
         and a dict the keyword arguments of one forward pass; anything else is iterated as batches, and of a batch
-        (x, y) only what `forward` requires is used. Needs a module.
+        (x, y) only what `forward` requires is used. `skfactor.Calibration` holds inputs and how to use them. Inputs
+        need a module. "assumed" needs no data: inputs are taken to have a common positive mean, to be uncorrelated
+        between channels and correlated between neighbouring pixels, as they are behind a rectifier.
     n_jobs : int, default=None
         Layers fitted at a time, through joblib, so that `joblib.parallel_config` applies. The result does not depend
         on it.
@@ -73,62 +76,78 @@ def compress(model: nn.Module | Mapping[str, torch.Tensor] | str | PathLike, rul
     >>> result.skipped["2.weight"]
     "rule '*' is None"
     """
+    check_calibration_word(calibration)
     if isinstance(model, nn.Module):
         return _compress_module(model, rules, calibration, n_jobs, progress)
-    if calibration is not None:
+    if calibration is not None and not isinstance(calibration, str):
         raise ValueError("calibration runs the network: give the module, not its state dict or file")
     if isinstance(model, (str, PathLike)):
         with SafetensorsReader(model) as reader:
-            source = file_source(reader)
-            plan = resolve_rules(rules, source.entries)
-            return compress_source(source, plan, n_jobs=n_jobs, progress=progress)
+            return _compress_tensors(file_source(reader), rules, calibration, n_jobs, progress)
     if isinstance(model, Mapping):
-        source = _source(entries_of_state_dict(model))
-        return compress_source(source, resolve_rules(rules, source.entries), n_jobs=n_jobs, progress=progress)
+        return _compress_tensors(source_of(entries_of_state_dict(model)), rules, calibration, n_jobs, progress)
     raise TypeError("model must be a torch.nn.Module, a state dict or the path of a .safetensors file, "
                     f"got {type(model).__name__}")
 
 
+def _compress_tensors(source, rules, calibration, n_jobs, progress) -> CompressionResult:
+    """Without a network to run: nothing is known of the inputs, or it is assumed."""
+    plan = resolve_rules(rules, source.entries)
+    side = assumed_side if calibration == ASSUMED else None
+    result = compress_source(source, plan, side=side, n_jobs=n_jobs, progress=progress)
+    result.uncalibrated = not_assumed(plan, source.entries) if side else {}
+    return result
+
+
 def _compress_module(model, rules, calibration, n_jobs, progress) -> CompressionResult:
     plan = resolve_rules(rules, entries_of_module(model).entries)
-    copied = _deep_copy(model)
+    copied = deep_copy(model)
     network = entries_of_module(copied)
-    if calibration is None:
-        result = compress_source(_source(network), plan, n_jobs=n_jobs, progress=progress)
-        missing = {}
+    if calibration is None or isinstance(calibration, str):
+        result = _compress_tensors(source_of(network), rules, calibration, n_jobs, progress)
     else:
         if not isinstance(calibration, Calibration):
             calibration = Calibration(calibration)
         result, missing = _compress_calibrated(copied, network, plan, calibration, n_jobs, progress)
+        result.uncalibrated = missing
     _write(network.tensors, {n: t for n, t in result.tensors.items() if isinstance(t, CompressedTensor)})
-    result.model, result.uncalibrated = copied, missing
+    result.model = copied
     return result
 
 
 def _compress_calibrated(model, network, plan, calibration, n_jobs, progress) -> tuple[CompressionResult, dict]:
     """`model` is the copy: it runs the inputs, and it may change before its weights are fitted."""
-    owners = {name: network.owners[name] for name in plan.taken}
+    owners = {name: network.owners[name] for name in plan.taken if network.tensors[name].dim() > 1}
     batches = model_batches(model, calibration.inputs)
     if calibration.sequential or calibration.fold_batch_norm:
         batches = list(batches)
     if calibration.fold_batch_norm:
-        single = [layers[0] for layers in owners.values() if len(layers) == 1 and layers[0][1].parameter == "weight"]
-        fold_batch_norm(model, single, *batches[0])
+        fold_into_layers(model, owners, batches[0])
     if not calibration.sequential:
-        moments = collect_moments(model, owners, batches)
-        side = {name: moments.side(name) for name in plan.taken}
-        return compress_source(_source(network), plan, side=side, n_jobs=n_jobs, progress=progress), moments.missing
+        moments = collect_moments(model, owners, batches, calibration.max_vectors)
+        result = compress_source(source_of(network), plan, side=lambda e: moments.side(e.name), n_jobs=n_jobs,
+                                 progress=progress)
+        return result, moments.missing
     no_vectors = {name: layers for name, layers in owners.items() if not kind_of_inputs(layers).is_vectors}
     moments = collect_moments(model, no_vectors, batches)
-    fitted = fit_in_order(model, network, plan, batches, moments, progress=progress)
-    return assemble(_source(network), plan, fitted), moments.missing
+    fitted = fit_in_order(model, network, plan, batches, moments, max_vectors=calibration.max_vectors,
+                          progress=progress)
+    return assemble(source_of(network), plan, fitted), moments.missing
 
 
-def _source(network: Network) -> Source:
+def fold_into_layers(model: nn.Module, owners: Mapping[str, list], batch: tuple[tuple, dict]) -> None:
+    """Fold batch normalisations into those layers whose weight is theirs alone."""
+    single = [layers[0] for layers in owners.values() if len(layers) == 1 and layers[0][1].parameter == "weight"]
+    fold_batch_norm(model, single, *batch)
+
+
+def source_of(network: Network) -> Source:
+    """What of a network is stored."""
     return Source(network.entries, network.names, lambda name: to_bits(network.tensors[name]), network.not_stored)
 
 
-def _deep_copy(model: nn.Module) -> nn.Module:
+def deep_copy(model: nn.Module) -> nn.Module:
+    """Copy of a network; ValueError with the remedy where it has none."""
     try:
         return copy.deepcopy(model)
     except Exception as error:

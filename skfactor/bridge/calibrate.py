@@ -24,7 +24,7 @@ from torch import nn
 from skfactor.bridge.layers import LayerSpec, unwrap
 
 __all__ = ["Calibration", "Moments", "collect_moments", "evaluation", "hooked", "input_vectors", "kind_of_inputs",
-           "model_batches", "output_importance", "register_input_vectors"]
+           "model_batches", "output_importance", "register_input_vectors", "thinned"]
 
 #: Elements of unfolded input held at a time.
 CHUNK = 1 << 23
@@ -51,11 +51,15 @@ class Calibration:
     fold_batch_norm : bool, default=False
         First move batch normalisations into the layers before them (`skfactor.bridge.batchnorm`): the same function,
         and rows of a weight are then as large as what they contribute. Weights, biases and statistics change.
+    max_vectors : int, default=None
+        At most so many of the input vectors that one batch gives a layer enter its moments, picked at random with a
+        fixed seed (an image gives a convolution as many vectors as the output has pixels). All when None.
     """
 
     inputs: Any
     sequential: bool = False
     fold_batch_norm: bool = False
+    max_vectors: int | None = None
 
 
 @dataclass
@@ -66,6 +70,8 @@ class Moments:
     ----------
     grams : dict of str to ndarray
         By tensor name: G of shape (d, d), or (g, d, d) for g groups of rows.
+    means : dict of str to ndarray
+        By tensor name: E[u], (d,) or (g, d).
     importances : dict of str to ndarray
         By tensor name: how often each row of an embedding is looked up, as a weight (n_rows, 1).
     missing : dict of str to str
@@ -73,6 +79,7 @@ class Moments:
     """
 
     grams: dict[str, np.ndarray] = field(default_factory=dict)
+    means: dict[str, np.ndarray] = field(default_factory=dict)
     importances: dict[str, np.ndarray] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -97,7 +104,7 @@ def register_input_vectors(module_type: type, vectors: InputVectors) -> None:
 
 
 def collect_moments(model: nn.Module, owners: Mapping[str, list[tuple[nn.Module, LayerSpec]]],
-                    batches: Iterable[tuple[tuple, dict]]) -> Moments:
+                    batches: Iterable[tuple[tuple, dict]], max_vectors: int | None = None) -> Moments:
     """Run the calibration inputs and accumulate the second moments of the inputs of the named layers.
 
     The network runs in eval mode without gradients; hooks and modes are as before on return, also after an error.
@@ -109,6 +116,8 @@ def collect_moments(model: nn.Module, owners: Mapping[str, list[tuple[nn.Module,
         For each tensor name the layers of `model` whose weight it is; the moments of several uses add up.
     batches : iterable of (args, kwargs)
         From `model_batches`.
+    max_vectors : int, default=None
+        As in `Calibration`.
     """
     moments, sums = Moments(), {}
     with ExitStack() as stack:
@@ -117,7 +126,7 @@ def collect_moments(model: nn.Module, owners: Mapping[str, list[tuple[nn.Module,
             if kind.vectors is None:
                 moments.missing[name] = kind.problem
                 continue
-            sums[name] = _GramSum() if kind.is_vectors else _CountSum()
+            sums[name] = _GramSum(max_vectors) if kind.is_vectors else _CountSum()
             hooks = [(m, _accumulate(sums[name], kind.vectors, spec.parameter), "before") for m, spec in layers]
             stack.enter_context(hooked(hooks))
         stack.enter_context(evaluation(model))
@@ -129,8 +138,10 @@ def collect_moments(model: nn.Module, owners: Mapping[str, list[tuple[nn.Module,
             moments.missing[name] = "not reached by the calibration inputs"
         elif not np.isfinite(value).all():
             moments.missing[name] = "its inputs are not finite"
+        elif isinstance(total, _CountSum):
+            moments.importances[name] = value
         else:
-            (moments.importances if isinstance(total, _CountSum) else moments.grams)[name] = value
+            moments.grams[name], moments.means[name] = value, total.mean()
     return moments
 
 
@@ -189,14 +200,16 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 
 class _GramSum:
-    """Running sum of u uᵀ: products in the inputs' precision (float32 at least), the sum in float64."""
+    """Running sums of u uᵀ and u: products in the inputs' precision (float32 at least), the sums in float64."""
 
-    def __init__(self):
-        self.total, self.count = None, 0
+    def __init__(self, max_vectors: int | None = None):
+        self.total, self.sum, self.count, self.max_vectors = None, 0.0, 0, max_vectors
 
     def add(self, u: torch.Tensor, module: nn.Module) -> None:
         """Add vectors u (g, n, d)."""
         u = u if u.dtype == torch.float64 else u.float()
+        (u,) = thinned((u,), self.max_vectors, seed=self.count)
+        self.sum = self.sum + u.sum(1).double()
         product = torch.bmm(u.transpose(1, 2), u)
         product = product.double() if product.shape[-1] <= 2048 else product
         self.total = product if self.total is None else self.total.add_(product)
@@ -207,6 +220,19 @@ class _GramSum:
             return None
         gram = (self.total / self.count).cpu().numpy()
         return gram[0] if len(gram) == 1 else gram
+
+    def mean(self) -> np.ndarray:
+        mean = (self.sum / self.count).cpu().numpy()
+        return mean[0] if len(mean) == 1 else mean
+
+
+def thinned(vectors: tuple[torch.Tensor, ...], limit: int | None, seed: int) -> tuple[torch.Tensor, ...]:
+    """The same `limit` of the n vectors of each (g, n, d), picked at random; all when there are no more."""
+    n = vectors[0].shape[1]
+    if limit is None or n <= limit:
+        return vectors
+    picked = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:limit]
+    return tuple(u[:, picked.to(u.device)] for u in vectors)
 
 
 class _CountSum:

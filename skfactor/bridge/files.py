@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -13,6 +13,7 @@ from typing import Any
 from joblib import Parallel, effective_n_jobs
 from tqdm.auto import tqdm
 
+from skfactor.bridge.assumed import ASSUMED, assumed_side
 from skfactor.bridge.fitting import Job, TensorRecord, fit_jobs, raw_record
 from skfactor.bridge.result import Source
 from skfactor.bridge.rules import Alias, Plan, TensorEntry, resolve_rules
@@ -56,8 +57,9 @@ def _entry(name: str, shape: tuple[int, ...], dtype: str) -> TensorEntry:
     return TensorEntry((Alias(name, (), "weight" if len(shape) >= 2 else "vector"),), shape, dtype, unfit=unfit)
 
 
-def compress_file(src: str | PathLike, dst: str | PathLike, rules: Any, *, n_jobs: int | None = None,
-                  progress: bool = True, metadata: dict[str, Any] | None = None) -> FileResult:
+def compress_file(src: str | PathLike, dst: str | PathLike, rules: Any, *, calibration: str | None = None,
+                  n_jobs: int | None = None, progress: bool = True,
+                  metadata: dict[str, Any] | None = None) -> FileResult:
     """Compress a .safetensors file into a .skf file.
 
     At most `n_jobs` tensors are in memory at a time.
@@ -70,6 +72,8 @@ def compress_file(src: str | PathLike, dst: str | PathLike, rules: Any, *, n_job
         The .skf file to write; one already there is replaced only once the new one is complete.
     rules : estimator, Pipeline or dict
         As in `skfactor.compress`; a file has names only, so there are no rules by module type.
+    calibration : "assumed" or None, default=None
+        "assumed": codes are chosen for the outputs of layers with inputs as `skfactor.compress` assumes them.
     n_jobs : int, default=None
         Tensors fitted at a time, through joblib.
     progress : bool, default=True
@@ -88,15 +92,18 @@ def compress_file(src: str | PathLike, dst: str | PathLike, rules: Any, *, n_job
     LayerError
         A tensor cannot be compressed; `dst` is as it was.
     """
+    if calibration not in (None, ASSUMED):
+        raise ValueError(f"calibration of a file must be {ASSUMED!r} or None, got {calibration!r}")
+    side = assumed_side if calibration else None
     with SafetensorsReader(src) as reader:
         source = file_source(reader)
         plan = resolve_rules(rules, source.entries)
         with SkfWriter(dst, metadata=reader.metadata | (metadata or {})) as writer:
-            records = list(_write_all(writer, source, plan, n_jobs, progress))
+            records = list(_write_all(writer, source, plan, side, n_jobs, progress))
     return FileResult(dst, records, plan.skipped)
 
 
-def _write_all(writer: SkfWriter, source: Source, plan: Plan, n_jobs: int | None,
+def _write_all(writer: SkfWriter, source: Source, plan: Plan, side: Callable | None, n_jobs: int | None,
                progress: bool) -> Iterator[TensorRecord]:
     """Store tensor after tensor in the order of the source; fits run in batches of as many as there are workers."""
     size = effective_n_jobs(n_jobs)
@@ -104,7 +111,8 @@ def _write_all(writer: SkfWriter, source: Source, plan: Plan, n_jobs: int | None
     bar = tqdm(total=len(source.entries), disable=None if progress else True, unit="tensor", desc="compress")
     with Parallel(n_jobs=n_jobs) as parallel, bar:
         while batch := list(islice(waiting, size)):
-            jobs = [Job(e, plan.taken[e.name], lambda name=e.name: source.read(name), keep_estimator=False)
+            jobs = [Job(e, plan.taken[e.name], lambda name=e.name: source.read(name), side(e) if side else {},
+                        keep_estimator=False)
                     for e in batch if e.name in plan.taken]
             fitted = {f.record.name: f for f in fit_jobs(jobs, progress=False, parallel=parallel)}
             for entry in batch:

@@ -115,7 +115,7 @@ class CompressionResult:
                 f"{n_params:,} parameters)")
 
 
-def compress_source(source: Source, plan: Plan, *, side: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+def compress_source(source: Source, plan: Plan, *, side: Callable[[TensorEntry], dict[str, np.ndarray]] | None = None,
                     n_jobs: int | None = None, progress: bool = True) -> CompressionResult:
     """Fit what the plan takes, keep the bits of the rest.
 
@@ -124,15 +124,14 @@ def compress_source(source: Source, plan: Plan, *, side: Mapping[str, Mapping[st
     source : Source
     plan : Plan
         From `resolve_rules(rules, source.entries)`.
-    side : dict of str to dict, default=None
-        By tensor name: fit parameters (sample_weight, importance, input_gram).
+    side : callable, default=None
+        `side(entry)`: fit parameters of a tensor (sample_weight, importance, input_gram), asked for when its fit is
+        dispatched.
     n_jobs, progress
         As in `skfactor.compress`.
     """
-    side = side or {}
-
     def job(entry):
-        return Job(entry, plan.taken[entry.name], lambda: source.read(entry.name), dict(side.get(entry.name, {})))
+        return Job(entry, plan.taken[entry.name], lambda: source.read(entry.name), side(entry) if side else {})
 
     # the largest first, so that no worker is left with a long one at the end
     taken = sorted((e for e in source.entries if e.name in plan.taken), key=lambda e: -np.prod(e.shape, dtype=np.int64))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from skfactor.bridge.batchnorm import normalisation_after
-from skfactor.bridge.calibrate import Moments, evaluation, hooked, kind_of_inputs
+from skfactor.bridge.calibrate import Moments, evaluation, hooked, kind_of_inputs, thinned
 from skfactor.bridge.fitting import Fitted, Job, fit_jobs, relative_error, squared_norm
 from skfactor.bridge.layers import LayerSpec, Network, entries_of_module
 from skfactor.bridge.rules import Plan
@@ -31,7 +32,7 @@ from skfactor.bridge.tensors import from_bits, to_bits
 from skfactor.codec.dtypes import from_float, to_float
 from skfactor.codec.tensor import Layout
 
-__all__ = ["fit_in_order"]
+__all__ = ["bias_carrier", "fit_in_order"]
 
 _Owners = list[tuple[nn.Module, LayerSpec]]
 
@@ -47,7 +48,8 @@ class _JointMoments:
 
 
 def fit_in_order(model: nn.Module, network: Network, plan: Plan, batches: list[tuple[tuple, dict]], moments: Moments,
-                 *, damping: float = 0.003, progress: bool = True) -> dict[str, Fitted]:
+                 *, damping: float = 0.003, max_vectors: int | None = None,
+                 progress: bool = True) -> dict[str, Fitted]:
     """Fit the layers in the order in which they run, and write each into `model` before the next.
 
     Parameters
@@ -58,12 +60,14 @@ def fit_in_order(model: nn.Module, network: Network, plan: Plan, batches: list[t
         Of `model`.
     plan : Plan
     batches : list of (args, kwargs)
-        Forward passes; they run twice for every layer.
+        Forward passes; they run twice for every layer, as far as that layer.
     moments : Moments
         What is known of tensors that have no input vectors of their own (embeddings). Layers that the batches do not
         reach are added to its `missing`, and fitted without.
     damping : float, default=0.003
         δ as a share of the mean of the diagonal of G.
+    max_vectors : int, default=None
+        As in `Calibration`.
     progress : bool, default=True
 
     Returns
@@ -73,7 +77,8 @@ def fit_in_order(model: nn.Module, network: Network, plan: Plan, batches: list[t
     reference = copy.deepcopy(model)
     twins = entries_of_module(reference).owners
     owners = {name: network.owners[name] for name in plan.taken if network.owners[name]}
-    order = _order(model, owners, batches[0])
+    n_calls = _calls_of_layers(model, owners, batches[0])
+    order = list(n_calls)
     norms = normalisation_after(model, [m for layers in owners.values() for m, _ in layers], *batches[0])
     entries = {e.name: e for e in network.entries if e.name in plan.taken}
     # embeddings come before what reads them; biases last, when they have taken up all shifts
@@ -83,13 +88,16 @@ def fit_in_order(model: nn.Module, network: Network, plan: Plan, batches: list[t
         entry, weight = entries[name], network.tensors[name]
         layout = entry.layout or Layout.rows_first(entry.shape)
         W = layout.to_matrix(to_float(to_bits(weight), entry.dtype))
-        joint = _joint_moments(model, owners[name], reference, twins[name], batches) if name in order else None
+        joint = None
+        if name in n_calls:
+            runs = _Runs(model, owners[name], n_calls[name]), _Runs(reference, twins[name], n_calls[name])
+            joint = _joint_moments(*runs, batches, max_vectors)
         if joint is None:
             side, target = moments.side(name), W
-            if not side:
+            if not side and weight.dim() > 1:
                 moments.missing.setdefault(name, "not reached by the calibration inputs")
         else:
-            carrier = _bias_carrier(owners[name], norms)
+            carrier = bias_carrier(owners[name], norms)
             target, gram = _best_target(W.astype(np.float64), joint, carrier is not None, damping)
             side = {"input_gram": gram[0] if len(gram) == 1 else gram}
         bits = from_float(layout.to_tensor(target, entry.shape), entry.dtype)
@@ -104,46 +112,66 @@ def fit_in_order(model: nn.Module, network: Network, plan: Plan, batches: list[t
     return fitted
 
 
-def _order(model: nn.Module, owners: dict[str, _Owners], batch: tuple[tuple, dict]) -> list[str]:
-    """Names with input vectors, in the order in which their layers first run."""
-    seen: dict[nn.Module, None] = {}
+def _calls_of_layers(model: nn.Module, owners: dict[str, _Owners], batch: tuple[tuple, dict]) -> dict[str, int]:
+    """How often the layers of a weight run; for names with input vectors, in the order in which they first run."""
+    calls: dict[nn.Module, int] = {}
     modules = {m for layers in owners.values() for m, _ in layers}
-    with hooked((m, lambda module, args, kwargs: seen.setdefault(module), "before") for m in modules):
+
+    def count(module, args, kwargs):
+        calls[module] = calls.get(module, 0) + 1
+
+    with hooked((m, count, "before") for m in modules):
         _run(model, batch)
-    place = {module: i for i, module in enumerate(seen)}
+    place = {module: i for i, module in enumerate(calls)}
     first = {name: min((place[m] for m, _ in layers if m in place), default=None) for name, layers in owners.items()}
     usable = [n for n, layers in owners.items() if first[n] is not None and kind_of_inputs(layers).is_vectors]
-    return sorted(usable, key=lambda n: first[n])
+    return {n: sum(calls.get(m, 0) for m, _ in owners[n]) for n in sorted(usable, key=lambda n: first[n])}
 
 
-def _joint_moments(model: nn.Module, owners: _Owners, reference: nn.Module, twins: _Owners,
-                   batches: Iterable[tuple[tuple, dict]]) -> _JointMoments:
-    vectors = kind_of_inputs(owners).vectors
+class _Enough(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The layers of one weight in a network, and how often they run in a forward pass."""
+
+    model: nn.Module
+    owners: _Owners
+    n_calls: int
+
+    @property
+    def vectors(self):
+        return kind_of_inputs(self.owners).vectors
+
+    def calls(self, batch: tuple[tuple, dict]) -> list[tuple]:
+        """(module, args, kwargs, parameter) of every call of the layers; the pass ends at the last."""
+        calls: list[tuple] = []
+        parameters = {module: spec.parameter for module, spec in self.owners}
+
+        def remember(module, args, kwargs):
+            calls.append((module, args, kwargs, parameters[module]))
+            if len(calls) == self.n_calls:
+                raise _Enough
+
+        with hooked((module, remember, "before") for module, _ in self.owners), suppress(_Enough):
+            _run(self.model, batch)
+        return calls
+
+
+def _joint_moments(compressed: _Runs, original: _Runs, batches: Iterable[tuple[tuple, dict]],
+                   max_vectors: int | None) -> _JointMoments:
     sums: list[torch.Tensor] = []
     count = 0
     for batch in batches:
-        pairs = zip(_calls(reference, twins, batch), _calls(model, owners, batch), strict=True)
-        for (module, parameter, args, kwargs), (hat, _, hat_args, hat_kwargs) in pairs:
-            for u, v in zip(vectors(module, args, kwargs, parameter), vectors(hat, hat_args, hat_kwargs, parameter),
-                            strict=True):
+        for call, call_hat in zip(original.calls(batch), compressed.calls(batch), strict=True):
+            for u, v in zip(original.vectors(*call), compressed.vectors(*call_hat), strict=True):
+                u, v = thinned((u, v), max_vectors, seed=count)
                 u, v = (x if x.dtype == torch.float64 else x.float() for x in (u, v))
                 new = [u.sum(1), v.sum(1), v.transpose(1, 2) @ v, u.transpose(1, 2) @ v]
                 sums = [s + x.double() for s, x in zip(sums, new, strict=True)] if sums else [x.double() for x in new]
                 count += u.shape[1]
     return _JointMoments(*((s / count).cpu().numpy() for s in sums))
-
-
-def _calls(model: nn.Module, owners: _Owners, batch: tuple[tuple, dict]) -> list[tuple]:
-    """(module, parameter, args, kwargs) of every call of the layers in one forward pass."""
-    calls: list[tuple] = []
-    parameters = {module: spec.parameter for module, spec in owners}
-
-    def remember(module, args, kwargs):
-        calls.append((module, parameters[module], args, kwargs))
-
-    with hooked((module, remember, "before") for module, _ in owners):
-        _run(model, batch)
-    return calls
 
 
 def _run(model: nn.Module, batch: tuple[tuple, dict]) -> None:
@@ -174,7 +202,7 @@ def _apply(W: np.ndarray, means: np.ndarray) -> np.ndarray:
 _Carrier = tuple[torch.Tensor, torch.Tensor | float]
 
 
-def _bias_carrier(owners: _Owners, norms: dict[nn.Module, nn.Module]) -> _Carrier | None:
+def bias_carrier(owners: _Owners, norms: dict[nn.Module, nn.Module]) -> _Carrier | None:
     """The bias that can shift a layer's output, and by how much it does per unit; None when there is none."""
     if len(owners) != 1 or owners[0][1].parameter != "weight":
         return None
