@@ -12,6 +12,7 @@ __version__ = "0.1.0.dev0"
 # public name -> module that defines it
 _MODULE_OF = {
     "BaseCompressor": "skfactor.estimators",
+    "Calibration": "skfactor.bridge",
     "CompressionResult": "skfactor.bridge",
     "FormatError": "skfactor.exceptions",
     "KMeansWeightSharer": "skfactor.estimators",
@@ -20,6 +21,7 @@ _MODULE_OF = {
     "Report": "skfactor.report",
     "SkfactorError": "skfactor.exceptions",
     "UniformQuantizer": "skfactor.estimators",
+    "allocate": "skfactor.bridge",
     "compare": "skfactor.report",
     "compress": "skfactor.bridge",
     "compress_file": "skfactor.bridge",

@@ -9,6 +9,7 @@ import skfactor
 
 PUBLIC = {
     "BaseCompressor",
+    "Calibration",
     "CompressionResult",
     "FormatError",
     "KMeansWeightSharer",
@@ -18,6 +19,7 @@ PUBLIC = {
     "SkfactorError",
     "UniformQuantizer",
     "__version__",
+    "allocate",
     "compare",
     "compress",
     "compress_file",

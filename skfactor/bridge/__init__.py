@@ -8,11 +8,13 @@ names that need it are imported at first use.
 from importlib import import_module
 
 _HOME = {
+    "Allocation": "allocation",
     "Calibration": "calibrate",
     "CompressionResult": "result",
     "FileResult": "files",
     "LayerSpec": "layers",
     "TensorRecord": "fitting",
+    "allocate": "allocation",
     "collect_moments": "calibrate",
     "compress": "apply",
     "compress_file": "files",
