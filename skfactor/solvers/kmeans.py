@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""K-means of the rows of a matrix: k-means++, then Lloyd's iteration on growing subsets, over-relaxed.
+"""K-means of the rows of a matrix: k-means++, then Lloyd's iteration with momentum on growing subsets.
 
 The nearest centre of ``x`` is the ``argmax`` of ``[x, 1] @ [c, -|c|^2 / 2]``: one small matrix product per block of
 rows, never an (N, K) matrix. After the first assignment of a subset, a row is compared only with the centres nearest
-to its present one. Restricted or over-relaxed, no step is kept that raises the inertia; the labels that are returned
+to its present one. Restricted or accelerated, no step is kept that raises the inertia; the labels that are returned
 come from a comparison with all centres.
 """
 
@@ -14,7 +14,6 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from scipy.linalg import cholesky
 from scipy.sparse import csr_array
 from threadpoolctl import ThreadpoolController
 
@@ -24,7 +23,14 @@ _SCORES = 65536
 _WORK_PER_THREAD = 2_000_000
 # Centres with which a row is compared after the first pass of a subset; argmax is fastest on multiples of 64.
 _N_NEAR = 64
-_OVER_RELAXATION = 1.8
+# A step of Lloyd is prolonged by this fraction, and by that of the last change of the means.
+_OVER_RELAXATION, _MOMENTUM = 0.5, 0.85
+# Rows of the smallest subset, and relative decrease at which the iterations on it and on the larger ones end: the
+# optimum of a subset is only a start for the next one.
+_FIRST = 16384
+_TRIAL_TOL, _SUBSET_TOL = 1e-2, 2e-3
+# Columns from which the iterations start in a sketch of the rows, and the columns of the sketch.
+_LONG_ROW, _SKETCH = 1024, 256
 # Multiply-adds of k-means++ above which centres are drawn in batches.
 _GREEDY_WORK = 30_000_000
 
@@ -80,12 +86,13 @@ class _State(NamedTuple):
     inertia: float  # with respect to the means sums / masses
 
 
-def kmeans(X, n_clusters, *, rng, sample_weight=None, n_init=1, max_iter=100, tol=5e-4, n_threads=None):
+def kmeans(X, n_clusters, *, rng, sample_weight=None, n_init=1, max_iter=100, tol=3e-4, n_threads=None):
     """K-means of rows.
 
     Minimises ``sum_i w[i] * |X[i] - c[labels[i]]|**2`` over centres and labels: k-means++ on a subset of the rows, then
-    Lloyd's iteration on nested subsets that grow fourfold up to all rows. A step that is prolonged beyond the means
-    (over-relaxation) and does not lower the inertia is replaced by the plain step. Empty clusters move to the
+    Lloyd's iteration on nested subsets that grow fourfold up to all rows. Steps are prolonged beyond the means, with
+    momentum; where that does not lower the inertia, the plain step is taken. Rows of 1024 columns or more are first
+    clustered in a sketch of 256 random signed sums of columns. Empty clusters move to the
     farthest row of the cluster with the largest inertia.
 
     Parameters
@@ -101,8 +108,8 @@ def kmeans(X, n_clusters, *, rng, sample_weight=None, n_init=1, max_iter=100, to
         Number of starts, of which the one with the lowest inertia is returned.
     max_iter : int, default=100
         Most iterations on each subset.
-    tol : float, default=5e-4
-        Iterations on a subset end when the inertia falls by less than this fraction; with 0 they end at a fixed point.
+    tol : float, default=3e-4
+        Iterations on all rows end when the inertia falls by less than this fraction; with 0 they end at a fixed point.
     n_threads : int, default=None
         Threads over blocks of rows; None means as many as there are usable cores.
 
@@ -120,6 +127,8 @@ def kmeans(X, n_clusters, *, rng, sample_weight=None, n_init=1, max_iter=100, to
     ----------
     S. Lloyd, IEEE Trans. Inf. Theory 28(2), 1982, doi:10.1109/TIT.1982.1056489.
     D. Arthur, S. Vassilvitskii, "k-means++", SODA 2007, doi:10.5555/1283383.1283494.
+    B. T. Polyak, USSR Comput. Math. Math. Phys. 4(5), 1964, doi:10.1016/0041-5553(64)90137-5 (momentum).
+    M. Charikar, K. Chen, M. Farach-Colton, ICALP 2002, doi:10.1007/3-540-45465-9_59 (sketch).
     J. Wang et al., "Fast approximate k-means via cluster closures", CVPR 2012, doi:10.1109/CVPR.2012.6248034.
 
     Examples
@@ -195,7 +204,7 @@ def _check(X, n_clusters, sample_weight):
     X = _as_float(X)
     if X.ndim != 2 or X.size == 0:
         raise ValueError(f"X must be a matrix with at least one row and one column, got shape {X.shape}")
-    if not np.isfinite(X).all():
+    if not (np.isfinite(X.max()) and np.isfinite(X.min())):
         raise ValueError("X must be finite, got NaN or infinity")
     if n_clusters < 1:
         raise ValueError(f"n_clusters must be at least 1, got {n_clusters}")
@@ -246,9 +255,12 @@ def _space(X, shift=None):
     bound = max(float(X.max()), -float(X.min())) + float(np.abs(shift).max())
     scale = np.ldexp(1.0, min(-int(np.frexp(bound)[1]), np.finfo(X.dtype).maxexp - 8))
     rows = np.empty((X.shape[0], X.shape[1] + 1), dtype=X.dtype)
-    np.subtract(X, shift, out=rows[:, :-1])
-    rows[:, :-1] *= X.dtype.type(scale)
-    rows[:, -1] = 1
+    step = max(1, _SCORES // rows.shape[1])
+    for i in range(0, len(X), step):
+        block = rows[i : i + step]
+        np.subtract(X[i : i + step], shift, out=block[:, :-1])
+        block[:, :-1] *= X.dtype.type(scale)
+        block[:, -1] = 1
     return _Space(rows, shift, scale)
 
 
@@ -258,21 +270,20 @@ def _columns(centers, space):
 
 
 def _points(rows, weights):
-    if rows.shape[1] - 1 > len(rows):
-        rows = _isometric(rows)
     norms = np.einsum("ij,ij->i", rows[:, :-1], rows[:, :-1]).astype(np.float64)
     return _Points(rows, weights, norms if weights is None else norms * weights)
 
 
-def _isometric(rows):
-    """Rows with the same mutual distances in as many dimensions as there are rows: a Cholesky factor of the Gram."""
-    inner = (rows[:, :-1] @ rows[:, :-1].T).astype(np.float64)
-    # The Gram is singular after centring, and rounded: its rounding makes it definite and moves no row by more.
-    inner.flat[:: len(rows) + 1] += len(rows) * np.finfo(rows.dtype).eps * max(inner.diagonal().max(), 1e-300)
-    factor = np.empty((len(rows), len(rows) + 1), dtype=rows.dtype)
-    factor[:, :-1] = cholesky(inner, lower=True, overwrite_a=True, check_finite=False)
-    factor[:, -1] = 1
-    return factor
+def _sketch(points, rng):
+    """Rows of fewer columns with about the same mutual distances: every column is added, with a random sign, to one."""
+    n, d = points.rows.shape[0], points.rows.shape[1] - 1
+    signs = np.where(rng.random(d) < 0.5, -1, 1).astype(points.rows.dtype)
+    rows = np.zeros((n, _SKETCH + 1), dtype=points.rows.dtype)
+    for j in range(0, d, _SKETCH):
+        columns = slice(j, min(j + _SKETCH, d))
+        rows[:, : columns.stop - j] += points.rows[:, columns] * signs[columns]
+    rows[:, -1] = 1
+    return _points(rows, points.weights)
 
 
 def _augment(centers, dtype):
@@ -318,7 +329,6 @@ def _assign_near(points, state, columns, pool):
         doubled = columns[:, own].copy()
         doubled[-1] = 1
         closeness = doubled.T @ columns
-        closeness[own - first, own] = np.inf
         near = np.argpartition(closeness, k - _N_NEAR, axis=1)[:, k - _N_NEAR :]
         near.sort(axis=1)
         for c in own:
@@ -387,51 +397,93 @@ def _inertia(X, weights, centers, labels, pool):
 
 def _fit(points, n_clusters, rng, stop, pool):
     """Labels after k-means++ and Lloyd on nested subsets; iterations of all subsets; whether the last converged."""
-    n = len(points.rows)
+    n, n_columns = len(points.rows), points.rows.shape[1] - 1
+    if n_columns >= _LONG_ROW:
+        labels, n_first, _ = _fit(_sketch(points, rng), n_clusters, rng, (stop[0], max(stop[1], _SUBSET_TOL)), pool)
+        state = _group(points, labels, int(labels.max()) + 1)
+        state, n_iter, converged = _lloyd(points, state, _means(state), stop, pool)
+        return state.labels, n_first + n_iter, converged
     sizes = [n]
-    while sizes[0] // 4 >= max(16 * n_clusters, 4096):
+    while sizes[0] // 4 >= max(16 * n_clusters, _FIRST):
         sizes.insert(0, sizes[0] // 4)
     shuffled = rng.permutation(n) if len(sizes) > 1 else np.arange(n)
-    centers = np.empty((0, points.rows.shape[1] - 1))
-    n_iter = 0
+    centers, n_iter = np.empty((0, n_columns)), 0
+    if len(sizes) > 1:
+        first, second = (_take(points, shuffled[:size]) for size in sizes[:2])
+        centers, n_iter = _subset_start(first, second, n_clusters, rng, (stop[0], max(stop[1], _TRIAL_TOL)), pool)
+        sizes = sizes[1:]
     for size in sizes:
         subset = points if size == n else _take(points, shuffled[:size])
         if len(centers) < n_clusters:
-            centers = _plus_plus(subset, n_clusters, rng)
+            centers = _plus_plus(subset, n_clusters, rng, 1.0)
         if len(centers) < n_clusters and size < n:
             continue
-        labels = _assign(subset.rows, _augment(centers, subset.rows.dtype), pool)
-        # Grouped by label, the rows of a cluster lie together in memory.
-        grouped = np.argsort(labels, kind="stable")
-        subset = _take(subset, grouped)
-        state, steps, converged = _lloyd(subset, labels[grouped], centers, stop, pool)
-        centers = state.sums / np.where(state.masses > 0, state.masses, 1)[:, None]
+        tol = stop[1] if size == n else max(stop[1], _SUBSET_TOL)
+        labels, state, steps, converged = _improve(subset, centers, (stop[0], tol), pool)
+        centers = _means(state)
         n_iter += steps
-    labels = np.empty_like(state.labels)
-    labels[grouped] = state.labels
     return labels, n_iter, converged
 
 
-def _lloyd(points, labels, centers, stop, pool):
-    """Over-relaxed Lloyd from given labels until the inertia falls by less than `tol`, relatively."""
+def _subset_start(first, second, n_clusters, rng, stop, pool):
+    """Centres from the rows `first`, of two starts the one better on the rows `second`; iterations of both.
+
+    k-means++ finds separated clusters, but on continuous data it spends too many centres on the few rows that a
+    subset has of the tails; a start that hardly prefers distant rows is then better.
+    """
+    found, n_iter = [], 0
+    few = _take(first, slice(max(16 * n_clusters, _FIRST // 4)))
+    for power in (1.0, 0.25):
+        centers = _plus_plus(few, n_clusters, rng, power)
+        if len(centers) < n_clusters:
+            return centers, n_iter
+        _, state, steps, _ = _improve(first, centers, stop, pool)
+        centers = _means(state)
+        n_iter += steps
+        labels = _assign(second.rows, _augment(centers, second.rows.dtype), pool)
+        found.append((_group(second, labels, n_clusters).inertia, centers))
+    return min(found, key=lambda pair: pair[0])[1], n_iter
+
+
+def _improve(points, centers, stop, pool):
+    """Lloyd from centres: labels, state (of the rows grouped by their first label), iterations, convergence."""
+    labels = _assign(points.rows, _augment(centers, points.rows.dtype), pool)
+    # Grouped by label, the rows of a cluster lie together in memory.
+    grouped = np.argsort(labels, kind="stable")
+    points = _take(points, grouped)
+    state = _group(points, labels[grouped], len(centers))
+    state, n_iter, converged = _lloyd(points, state, centers, stop, pool)
+    labels = np.empty_like(state.labels)
+    labels[grouped] = state.labels
+    return labels, state, n_iter, converged
+
+
+def _means(state):
+    return state.sums / np.where(state.masses > 0, state.masses, 1)[:, None]
+
+
+def _lloyd(points, state, centers, stop, pool):
+    """Lloyd with momentum from a state that `centers` gave until the inertia falls by less than `tol`, relatively."""
     max_iter, tol = stop
-    n_clusters = len(centers)
-    state = _refill(points, _group(points, labels, n_clusters))
-    relax = True
+    before, plain = None, False
     for n_iter in range(1, max_iter + 1):
-        means = np.where(state.masses[:, None] > 0, state.sums / np.maximum(state.masses, 1e-300)[:, None], centers)
-        target = means + (_OVER_RELAXATION - 1) * (means - centers) if relax else means
+        means = np.where(state.masses[:, None] > 0, _means(state), centers)
+        target = means
+        if not plain:
+            target = means + _OVER_RELAXATION * (means - centers)
+            if before is not None:
+                target += _MOMENTUM * (means - before)
         labels = _assign_near(points, state, _augment(target, points.rows.dtype), pool)
-        if not relax and np.array_equal(labels, state.labels):
+        if plain and np.array_equal(labels, state.labels):
             return state, n_iter, True
-        new = _refill(points, _group(points, labels, n_clusters))
+        new = _refill(points, _group(points, labels, len(centers)))
         if new.inertia >= state.inertia:
-            if not relax:
+            if plain:
                 return state, n_iter, True
-            relax, centers = False, means
+            before, centers, plain = None, means, True
             continue
         small = state.inertia - new.inertia < tol * abs(state.inertia)
-        state, centers, relax = new, target, True
+        state, centers, before, plain = new, target, means, False
         if small:
             return state, n_iter, True
     return state, n_iter, False
@@ -442,7 +494,7 @@ def _refill(points, state):
     empty = np.flatnonzero(state.masses == 0)
     if empty.size == 0:
         return state
-    means = state.sums / np.where(state.masses > 0, state.masses, 1)[:, None]
+    means = _means(state)
     within = np.bincount(state.labels, points.norms, len(means)) - (state.sums * means).sum(axis=1)
     labels = state.labels.copy()
     for target, donor in zip(empty, np.argsort(-within, kind="stable")):
@@ -455,8 +507,8 @@ def _refill(points, state):
     return _group(points, labels, len(means))
 
 
-def _plus_plus(points, n_clusters, rng):
-    """Greedy k-means++: each centre is the best of a few draws, in proportion to the squared distance.
+def _plus_plus(points, n_clusters, rng, power):
+    """Greedy k-means++: each centre is the best of a few draws, in proportion to a power of the squared distance.
 
     Where that is much work, centres are drawn in batches of at most an eighth of the centres so far. Fewer than
     `n_clusters` centres where all rows coincide with a centre, to rounding.
@@ -482,5 +534,5 @@ def _plus_plus(points, n_clusters, rng):
         best = (candidates @ weights).argmin()
         nearest = candidates[best]
         chosen = np.concatenate([chosen, picks.reshape(draws, size)[best]])
-        potential = np.cumsum(nearest * weights)
+        potential = np.cumsum(nearest**power * weights)
     return points.rows[chosen, :-1].astype(np.float64)

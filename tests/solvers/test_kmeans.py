@@ -107,7 +107,8 @@ def test_no_kept_step_raises_the_inertia(k):
     points = module._points(space.rows, None)
     centers = space.rows[:k, :-1].copy()
     labels = module._assign(points.rows, module._augment(centers, X.dtype), None)
-    states = [module._lloyd(points, labels, centers, (t, 0.0), None)[0] for t in range(1, 40)]
+    first = module._group(points, labels, k)
+    states = [module._lloyd(points, first, centers, (t, 0.0), None)[0] for t in range(1, 40)]
     trace = [state.inertia for state in states]
     means = states[-1].sums / states[-1].masses[:, None]
     exact = ((points.rows[:, :-1] - means[states[-1].labels]) ** 2).sum()
@@ -202,6 +203,36 @@ def test_fewer_distinct_rows_than_clusters_gives_fewer_centres(d):
     assert result.centers.shape == (6, d)
     assert result.inertia == pytest.approx(0, abs=1e-20)
     np.testing.assert_allclose(result.centers[result.labels], X, rtol=1e-12, atol=1e-12)
+
+
+def test_start_takes_no_row_twice_in_single_precision():
+    """The expansion of the square leaves equal rows a small distance, which must not draw a centre."""
+    rng = np.random.default_rng(21)
+    X = rng.normal(size=(6, 7)).astype(np.float32)[rng.integers(0, 6, 400)]
+    points = module._points(module._space(X).rows, None)
+    assert len(module._plus_plus(points, 10, rng, 1.0)) == 6
+
+
+def test_near_centres_include_the_present_one():
+    """Labels that are nearest already stay: restricted to 64 of 200 centres, nothing changes at a fixed point."""
+    X = weight_like(4000, 5, 22)
+    points = module._points(module._space(X).rows, None)
+    columns = module._augment(points.rows[:200, :-1], X.dtype)
+    labels = module._assign(points.rows, columns, None)
+    state = module._group(points, labels, 200)
+    np.testing.assert_array_equal(module._assign_near(points, state, columns, None), labels)
+
+
+def test_separated_clusters_in_many_rows_are_found():
+    """The start that hardly prefers distant rows misses clusters here; the other must win."""
+    X, _ = blobs(80000, 3, 30, 23)
+    optimum = 80000 * 3 * 0.05**2
+    assert min(fit(X, 30, seed).inertia for seed in range(2)) <= 1.05 * optimum
+
+
+def test_long_rows_start_in_a_sketch():
+    X, planted = blobs(300, 1500, 6, 24, spread=0.5)
+    assert same_partition(fit(X, 6, n_init=3).labels, planted)
 
 
 def test_close_rows_beside_a_far_one_are_still_separated():
