@@ -17,7 +17,7 @@ from skfactor.solvers.kmeans1d import (
 )
 from skfactor.solvers.kmeans1d_rows import assign_1d_rows, kmeans_1d_rows
 
-_BLOCK_ELEMENTS = 1 << 18
+_BLOCK_ELEMENTS = 1 << 15  # a block and its float64 squares stay in the cache
 
 
 class Plan(NamedTuple):
@@ -61,6 +61,7 @@ class Solution(NamedTuple):
     code_lengths: np.ndarray | None  # (n_codebooks, K) bits
     lower_bound: float
     n_iter: int
+    inertia: float | None = None  # of the nearest codes, before the centroids are rounded to the dtype of X; if known
 
 
 class _Book(NamedTuple):
@@ -68,6 +69,7 @@ class _Book(NamedTuple):
     code_lengths: np.ndarray | None
     lower_bound: float
     n_iter: int
+    inertia: float | None = None
 
 
 def split_books(A, plan):
@@ -106,7 +108,8 @@ def solve_books(X, weights, plan):
         found = [solve(x, w, plan) for x, w in zip(books, book_weights)]
         lengths = None
     codebooks = _stack([b.centers for b in found], None).astype(X.dtype)
-    return Solution(codebooks, lengths, float(sum(b.lower_bound for b in found)), max(b.n_iter for b in found))
+    inertia = found[0].inertia if len(found) == 1 else None
+    return Solution(codebooks, lengths, float(sum(b.lower_bound for b in found)), max(b.n_iter for b in found), inertia)
 
 
 def _stack(arrays, fill):
@@ -165,7 +168,9 @@ def _solve_scalars(x, w, plan):
     centers = np.asarray(result.centers)
     if pinned:
         centers = np.insert(centers, np.searchsorted(centers, 0.0), 0.0)
-    return _Book(centers[:, None], None, 0.0 if pinned else result.lower_bound, result.n_iter)
+    if pinned:
+        return _Book(centers[:, None], None, 0.0, result.n_iter)
+    return _Book(centers[:, None], None, result.lower_bound, result.n_iter, result.inertia)
 
 
 def _solve_with_rate(x, w, counts, plan):
@@ -197,7 +202,7 @@ def _plain_scalars(x, w, k, plan):
     for _ in range(n_init):
         start = init_1d(x, k, method=plan.init, weights=w, rng=plan.rng)
         if plan.max_iter == 0:
-            return KMeans1DResult(start, np.inf, 0.0, 1)
+            return KMeans1DResult(start, None, 0.0, 1)
         result = lloyd_1d(x, start, weights=w, max_iter=plan.max_iter, tol=plan.tol)
         if best is None or result.inertia < best.inertia:
             best = result
@@ -266,6 +271,15 @@ def _join_books(codes, shape, plan):
     return np.concatenate([c.ravel() for c in codes]).reshape(shape)
 
 
+def known_inertia(X, solution, weights):
+    """The solver's inertia, unless rounding the centroids to the dtype of `X` could change it by more than 1e-8."""
+    if solution.inertia is None:
+        return None
+    total = X.size if weights is None else float(np.broadcast_to(weights, X.shape).sum())
+    ulp = float(np.finfo(X.dtype).eps) * float(np.abs(solution.codebooks).max())
+    return solution.inertia if total * ulp**2 <= 1e-8 * solution.inertia else None
+
+
 def squared_error(X, decoder, codes, weights):
     """Weighted squared error of the codes in float64, without a second copy of `X`."""
     return _blockwise_square_sum(X, weights, lambda rows: X[rows] - decoder.decode_rows(codes, rows.start, rows.stop))
@@ -281,9 +295,9 @@ def _blockwise_square_sum(X, weights, values_of):
     step = max(1, _BLOCK_ELEMENTS // max(1, X.shape[1]))
     for start in range(0, len(X), step):
         rows = slice(start, min(start + step, len(X)))
-        values = values_of(rows).astype(np.float64)
+        squares = np.square(values_of(rows), dtype=np.float64)
         if weights is None:
-            total += float(np.einsum("ij,ij->", values, values))
+            total += float(squares.sum())
         else:
-            total += float(np.einsum("ij,ij,ij->", np.broadcast_to(weights[rows], values.shape), values, values))
+            total += float(np.einsum("ij,ij->", np.broadcast_to(weights[rows], squares.shape), squares))
     return total

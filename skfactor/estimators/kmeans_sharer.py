@@ -18,6 +18,7 @@ from skfactor.estimators._codebooks import (
     Plan,
     Weights,
     assign_codes,
+    known_inertia,
     row_importance,
     solve_books,
     split_books,
@@ -198,6 +199,7 @@ class KMeansWeightSharer(BaseCompressor):
         solution = solve_books(X, weights, start)
         codes = assign_codes(X, solution.codebooks, start, code_lengths=solution.code_lengths,
                              importance=weights.importance)
+        inertia = known_inertia(X, solution, weights.of_error()) if gram is None else None
         lower_bound, problem, error = solution.lower_bound, None, None
         if gram is not None:
             problem = OutputProblem(gram, row_importance(weights), plan._replace(rng=None))
@@ -209,7 +211,9 @@ class KMeansWeightSharer(BaseCompressor):
         self.labels_ = codes
         self.cluster_centers_ = solution.codebooks[0] if len(solution.codebooks) == 1 else solution.codebooks
         self.code_lengths_ = solution.code_lengths
-        self.inertia_ = squared_error(X, self.decoder_, codes, weights.of_error())
+        self.inertia_ = inertia
+        if inertia is None:
+            self.inertia_ = squared_error(X, self.decoder_, codes, weights.of_error())
         self.output_error_ = error
         self.lower_bound_ = min(lower_bound, self.inertia_)
         self.n_iter_ = max(1, solution.n_iter)
