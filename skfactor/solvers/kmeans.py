@@ -86,7 +86,7 @@ class _State(NamedTuple):
     inertia: float  # with respect to the means sums / masses
 
 
-def kmeans(X, n_clusters, *, rng, sample_weight=None, n_init=1, max_iter=100, tol=3e-4, n_threads=None):
+def kmeans(X, n_clusters, *, rng, sample_weight=None, n_init=1, max_iter=100, tol=4e-4, n_threads=None):
     """K-means of rows.
 
     Minimises ``sum_i w[i] * |X[i] - c[labels[i]]|**2`` over centres and labels: k-means++ on a subset of the rows, then
@@ -108,7 +108,7 @@ def kmeans(X, n_clusters, *, rng, sample_weight=None, n_init=1, max_iter=100, to
         Number of starts, of which the one with the lowest inertia is returned.
     max_iter : int, default=100
         Most iterations on each subset.
-    tol : float, default=3e-4
+    tol : float, default=4e-4
         Iterations on all rows end when the inertia falls by less than this fraction; with 0 they end at a fixed point.
     n_threads : int, default=None
         Threads over blocks of rows; None means as many as there are usable cores.
