@@ -275,7 +275,8 @@ def _compress(args):
     rules = rules or rules_from_text([DEFAULT_RULE])
     with naming_file(args.input):
         try:
-            result = compress_file(args.input, args.output, rules, n_jobs=args.jobs, progress=not args.json)
+            result = compress_file(args.input, args.output, rules, calibration=args.calibration, n_jobs=args.jobs,
+                                   progress=not args.json)
         except SkfactorError:
             raise
         except ValueError as error:  # of the rules: one that matches nothing, for example
@@ -377,6 +378,8 @@ def _parser():
     compress.add_argument("--rule", metavar="PATTERN=METHOD", action="append", default=[],
                           help=f"may be given several times; without any rule '{DEFAULT_RULE}'".replace("%", "%%"))
     compress.add_argument("--recipe", metavar="FILE", help="rules in a TOML file; those of --rule come first")
+    compress.add_argument("--calibration", choices=["assumed"],
+                          help="choose codes for the outputs of layers, with inputs assumed from the shapes of kernels")
     compress.add_argument("--jobs", metavar="N", type=_count, help="tensors compressed at once, -1 for all cores")
     compress.add_argument("--force", action="store_true", help="overwrite OUT")
     compress.add_argument("--json", action="store_true", help="print the report as JSON")

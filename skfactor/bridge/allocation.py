@@ -38,7 +38,7 @@ from skfactor.bridge.files import file_source
 from skfactor.bridge.layers import Network, entries_of_module, entries_of_state_dict
 from skfactor.bridge.result import CompressionResult, Source, compress_source
 from skfactor.bridge.rules import TensorEntry, resolve_rules
-from skfactor.bridge.sequential import bias_carrier
+from skfactor.bridge.sequential import bias_carrier, covariance
 from skfactor.codec.dtypes import itemsize, to_float
 from skfactor.codec.safetensors_io import SafetensorsReader
 from skfactor.codec.tensor import Layout
@@ -311,7 +311,7 @@ def _moments(model, owners, batches, calibration: Calibration) -> Moments:
         norms = normalisation_after(model, [m for layers in owners.values() for m, _ in layers], *batches[0])
         for name, mean in moments.means.items():
             if bias_carrier(owners[name], norms) is not None:
-                moments.grams[name] = moments.grams[name] - mean[..., :, None] * mean[..., None, :]
+                moments.grams[name] = covariance(moments.grams[name], mean)
     return moments
 
 

@@ -32,7 +32,7 @@ from skfactor.bridge.tensors import from_bits, to_bits
 from skfactor.codec.dtypes import from_float, to_float
 from skfactor.codec.tensor import Layout
 
-__all__ = ["bias_carrier", "fit_in_order"]
+__all__ = ["bias_carrier", "covariance", "fit_in_order"]
 
 _Owners = list[tuple[nn.Module, LayerSpec]]
 
@@ -182,16 +182,25 @@ def _run(model: nn.Module, batch: tuple[tuple, dict]) -> None:
 
 def _best_target(W: np.ndarray, joint: _JointMoments, centred: bool, damping: float) -> tuple[np.ndarray, np.ndarray]:
     """W' and G of the module's docstring, block of rows by block of rows; not centred where no bias takes the shift."""
-    G, C = joint.gram_hat.copy(), joint.cross.copy()
+    G, C = joint.gram_hat, joint.cross.copy()
     if centred:
-        G -= joint.mean_hat[:, :, None] * joint.mean_hat[:, None, :]
+        G = covariance(G, joint.mean_hat)
         C -= joint.mean[:, :, None] * joint.mean_hat[:, None, :]
+        C[~G.any(axis=-1)] = 0.0
     blocks = []
     for w, g, c in zip(np.split(W, len(G)), G, C, strict=True):
         ridge = damping * np.trace(g) / len(g)
         change = np.linalg.solve(g + ridge * np.eye(len(g)), (c - g).T @ w.T).T if ridge > 0 else 0.0
         blocks.append(w + change)
     return np.concatenate(blocks), G
+
+
+def covariance(gram: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """E[u uᵀ] − E[u] E[u]ᵀ (..., d, d); inputs whose variance is lost in the rounding of the moments have none."""
+    cov = gram - mean[..., :, None] * mean[..., None, :]
+    lost = np.diagonal(cov, axis1=-2, axis2=-1) <= 0
+    cov[lost[..., :, None] | lost[..., None, :]] = 0.0
+    return cov
 
 
 def _apply(W: np.ndarray, means: np.ndarray) -> np.ndarray:

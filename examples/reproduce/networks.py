@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The real networks that the reproductions use, their images, and their accuracy."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+NETWORKS = ("cifar10_resnet20", "cifar10_resnet56", "mnist_lenet300100_original", "mnist_lenet5_original")
+
+
+def data_folder(given=None):
+    """Folder of images and `weights/`: the one given, $SKFACTOR_DATA, or `shared/data` beside the checkout."""
+    beside = Path(__file__).resolve().parents[3] / "shared" / "data"
+    for folder in (given, os.environ.get("SKFACTOR_DATA"), beside):
+        if folder and (Path(folder) / "weights").is_dir():
+            return Path(folder)
+    raise SystemExit("data not found: give --data FOLDER or set SKFACTOR_DATA")
+
+
+class Block(nn.Module):
+    """Residual block with the shortcut without parameters (option A)."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.stride, self.pad = stride, (c_out - c_in) // 2
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(y + shortcut)
+
+
+class ResNet(nn.Module):
+    """ResNet of He et al. (arXiv:1512.03385) for CIFAR with n blocks per stage: 20 layers for n = 3, 56 for n = 9."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        for i, (c_in, c_out) in enumerate(((16, 16), (16, 32), (32, 64)), 1):
+            first = Block(c_in, c_out, 1 if i == 1 else 2)
+            setattr(self, f"layer{i}", nn.Sequential(first, *(Block(c_out, c_out, 1) for _ in range(n - 1))))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean(dim=(2, 3)))
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 as Caffe has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 20, 5), nn.Conv2d(20, 50, 5)
+        self.ip1, self.ip2 = nn.Linear(800, 500), nn.Linear(500, 10)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.conv2(F.max_pool2d(self.conv1(x), 2)), 2)
+        return self.ip2(F.relu(self.ip1(x.flatten(1))))
+
+
+class LeNet300(nn.Module):
+    """LeNet-300-100."""
+
+    def __init__(self):
+        super().__init__()
+        self.ip1, self.ip2, self.ip3 = nn.Linear(784, 300), nn.Linear(300, 100), nn.Linear(100, 10)
+
+    def forward(self, x):
+        return self.ip3(F.relu(self.ip2(F.relu(self.ip1(x.flatten(1))))))
+
+
+_MAKE = {"cifar10_resnet20": lambda: ResNet(3), "cifar10_resnet56": lambda: ResNet(9),
+         "mnist_lenet300100_original": LeNet300, "mnist_lenet5_original": LeNet5}
+
+
+def fresh(name):
+    """The network `name` with random weights, in eval mode."""
+    return _MAKE[name]().eval()
+
+
+def weights_path(folder, name):
+    return folder / "weights" / f"{name}.safetensors"
+
+
+def original(folder, name):
+    """The trained network; batch counters, which the file may lack and inference does not use, stay zero."""
+    model = fresh(name)
+    missing, unexpected = model.load_state_dict(load_file(weights_path(folder, name)), strict=False)
+    assert not unexpected
+    assert all(key.endswith("num_batches_tracked") for key in missing)
+    return model
+
+
+def test_set(folder, name):
+    """(images, labels): the 3,000 lossless CIFAR-10 test images, or the MNIST test set."""
+    if name.startswith("mnist"):
+        with np.load(folder / "mnist.npz") as file:
+            return _mnist(file["X_test"]), torch.from_numpy(file["y_test"]).long()
+    with np.load(folder / "cifar10_test.npz") as file:
+        return _cifar(file["X"]), torch.from_numpy(file["y"]).long()
+
+
+def calibration_images(folder, name, n, seed):
+    """`n` training images without labels; those of CIFAR-10 cropped and flipped as in training."""
+    rng = np.random.default_rng(seed)
+    if name.startswith("mnist"):
+        with np.load(folder / "mnist.npz") as file:
+            return _mnist(file["X_train"][rng.permutation(len(file["X_train"]))[:n]])
+    with np.load(folder / "cifar10_train.npz") as file:
+        X = file["X"]
+    X = X[rng.permutation(len(X))[:n]]
+    X = np.where((rng.random(n) < 0.5)[:, None, None, None], X[:, :, ::-1], X)
+    padded = np.pad(X, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    top, left = rng.integers(0, 9, (2, n))
+    return _cifar(np.stack([p[i : i + 32, j : j + 32] for p, i, j in zip(padded, top, left, strict=True)]))
+
+
+def _mnist(X):
+    return torch.from_numpy(X)[:, None].float() / 256
+
+
+def _cifar(X):
+    x = torch.from_numpy(np.ascontiguousarray(X)).permute(0, 3, 1, 2).float() / 255
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    return ((x - mean) / std).contiguous()
+
+
+@torch.no_grad()
+def accuracy(model, images, labels):
+    """Percentage of the images that are classified correctly, in float32."""
+    found = torch.cat([model(x).argmax(1) for x in images.split(500)])
+    return 100 * float((found == labels).float().mean())
