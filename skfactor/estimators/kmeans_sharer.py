@@ -73,7 +73,8 @@ class KMeansWeightSharer(BaseCompressor):
         Most iterations of Lloyd's algorithm, of the entropy-constrained one, and of the vector one. With
         `max_iter=0` the Deep Compression starts are used as they are.
     tol : float, default=1e-4
-        Relative decrease of the objective below which these iterations stop.
+        Relative decrease of the objective below which these iterations stop (four times this for sub-vectors, whose
+        iterations have momentum).
     n_init : int, default=1
         Number of random starts, of which the best is kept ("k-means++" and "random").
     certify : bool, default=False

@@ -295,7 +295,7 @@ def _near_optimum(rows, n_clusters, n_columns):
     positions.sort(axis=0)
     borders = _candidate_programme(rows, positions, n_clusters, reach)
     near = _near_offsets(n_columns, n_clusters)
-    half = int(np.clip(2 * n_columns / n_clusters, 8, 16))
+    half = int(np.clip(2 * n_columns / n_clusters, 8, 14))
 
     fractions = np.arange(1, half + 1)[None, :, None] / half
     n_iter = 0
