@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from skfactor.estimators._codebooks import Solution
+from skfactor._validation import check_gram, check_importance, check_matrix, check_row_weights
+from skfactor.estimators._codebooks import Solution, Weights, assign_codes
+from skfactor.estimators.base import BaseCompressor
 from skfactor.solvers.feedback import (
     ClassLengths,
     feedback_quantize,
@@ -17,6 +19,34 @@ from skfactor.solvers.feedback_vectors import feedback_quantize_vectors, refit_v
 
 _ROUNDS = 4  # codes, centroids and code lengths are fitted to each other this often
 DAMPING = 0.003  # of the gram, as a multiple of its mean diagonal
+
+
+class CodebookCompressor(BaseCompressor):
+    """What estimators with scalar codebooks share: checks of the fit, codes by error, rate and output.
+
+    `fit` leaves behind `labels_`, `decoder_`, `code_lengths_` and, for `_codes`, `_solution`, `_plan` and `_problem`.
+    """
+
+    def fit_transform(self, X, y=None, sample_weight=None, importance=None, input_gram=None):
+        """Fit and return the codes of `X`; see `fit`."""
+        return self.fit(X, y, sample_weight=sample_weight, importance=importance, input_gram=input_gram).labels_
+
+    def _check_fit(self, X, sample_weight, importance, input_gram):
+        """Validated `X`, `Weights` and gram (n_groups, d, d) or None."""
+        X = check_matrix(self, X, reset=True)
+        weights = Weights(check_row_weights(X, sample_weight), check_importance(X, importance))
+        if input_gram is None:
+            return X, weights, None
+        if weights.importance is not None and np.ptp(weights.importance, axis=1).any():
+            raise ValueError("with input_gram the importance must be one number per row, (n_rows, 1), got different "
+                             "values within a row")
+        return X, weights, check_gram(input_gram, X)
+
+    def _codes(self, X):
+        """Codes of validated `X` under the fitted codebooks."""
+        if self._problem is not None:
+            return codes_for_output(X, self._solution, self._problem, self.labels_)
+        return assign_codes(X, self.decoder_.codebooks, self._plan, code_lengths=self.code_lengths_)
 
 
 class OutputProblem(NamedTuple):

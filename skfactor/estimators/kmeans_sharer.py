@@ -10,13 +10,12 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from skfactor._sklearn import Interval, StrOptions, check_feature_names_in, fit_context
-from skfactor._validation import check_gram, check_importance, check_matrix, check_row_weights
+from skfactor._validation import check_matrix
 from skfactor.codec.coders import CODERS
 from skfactor.codec.decoders import CodebookDecoder
 from skfactor.codec.tensor import CompressedTensor
 from skfactor.estimators._codebooks import (
     Plan,
-    Weights,
     assign_codes,
     known_inertia,
     row_importance,
@@ -25,8 +24,7 @@ from skfactor.estimators._codebooks import (
     squared_error,
     weighted_square_sum,
 )
-from skfactor.estimators._output import OutputProblem, codes_for_output, fit_for_output
-from skfactor.estimators.base import BaseCompressor
+from skfactor.estimators._output import CodebookCompressor, OutputProblem, fit_for_output
 from skfactor.solvers.feedback import output_error
 from skfactor.solvers.kmeans1d import elbow_1d
 
@@ -35,7 +33,7 @@ __all__ = ["KMeansWeightSharer"]
 _DEEP_COMPRESSION_INITS = ("linear", "density", "random")
 
 
-class KMeansWeightSharer(BaseCompressor):
+class KMeansWeightSharer(CodebookCompressor):
     r"""Weight sharing: every weight is replaced by one of `n_clusters` shared values.
 
     Minimises the squared error of the reconstruction,
@@ -190,9 +188,7 @@ class KMeansWeightSharer(BaseCompressor):
         -------
         self : KMeansWeightSharer
         """
-        X = check_matrix(self, X, reset=True)
-        weights = Weights(check_row_weights(X, sample_weight), check_importance(X, importance))
-        gram = None if input_gram is None else check_gram(input_gram, X)
+        X, weights, gram = self._check_fit(X, sample_weight, importance, input_gram)
         plan = self._resolve(X, weights, gram)
 
         # without the gram a bit is weighed against the error of the weights: the mean input power makes them one unit
@@ -222,10 +218,6 @@ class KMeansWeightSharer(BaseCompressor):
         self._warn_of_fewer()
         return self
 
-    def fit_transform(self, X, y=None, sample_weight=None, importance=None, input_gram=None):
-        """Fit and return the codes of `X`; see `fit`."""
-        return self.fit(X, y, sample_weight=sample_weight, importance=importance, input_gram=input_gram).labels_
-
     def transform(self, X):
         """Codes of `X`: for every weight the number of its centroid.
 
@@ -243,9 +235,7 @@ class KMeansWeightSharer(BaseCompressor):
         if self.granularity in ("row", "group") and len(X) != len(self.labels_):
             raise ValueError(f"with granularity={self.granularity!r} X must have the {len(self.labels_)} rows of fit, "
                              f"got {len(X)}")
-        if self._problem is not None:
-            return codes_for_output(X, self._solution, self._problem, self.labels_)
-        return assign_codes(X, self.decoder_.codebooks, self._plan, code_lengths=self.code_lengths_)
+        return self._codes(X)
 
     def elbow_curve(self, X, k_max=64, *, sample_weight=None, importance=None):
         """Inertia of the optimal codebook of every size up to `k_max`, in one pass.
@@ -265,8 +255,7 @@ class KMeansWeightSharer(BaseCompressor):
         if not isinstance(k_max, Integral) or k_max < 1:
             raise ValueError(f"k_max must be an integer of at least 1, got {k_max!r}")
         probe = type(self)(**self.get_params())  # validates X and leaves this estimator as it is
-        X = check_matrix(probe, X, reset=True)
-        weights = Weights(check_row_weights(X, sample_weight), check_importance(X, importance))
+        X, weights, _ = probe._check_fit(X, sample_weight, importance, None)
         plan = probe._resolve(X, weights, None)
         if plan.vector_size > 1:
             raise ValueError(f"elbow_curve needs vector_size=1, got {plan.vector_size}")
@@ -347,23 +336,19 @@ class KMeansWeightSharer(BaseCompressor):
         if self.certify and init != "optimal":
             raise ValueError(f"certify needs init='auto' or 'optimal', got {self.init!r}")
         if gram is not None:
-            self._check_output_mode(weights)
+            self._check_output_mode()
         lagrangian = self.entropy_weight and self.entropy_weight * _mean_square(X, weights, gram)
         return Plan(self.n_clusters, self.granularity, self.group_size or 1, self.vector_size, self.preserve_zeros,
                     lagrangian, init, self.max_iter, self.tol, self.n_init, self.certify,
                     check_random_state(self.random_state))
 
-    def _check_output_mode(self, weights):
+    def _check_output_mode(self):
         if self.granularity == "column":
             raise ValueError("input_gram needs granularity='tensor', 'row' or 'group', got 'column'")
         special = [name for name, on in (("vector_size", self.vector_size > 1), ("preserve_zeros", self.preserve_zeros),
                                          ("entropy_weight", self.entropy_weight > 0)) if on]
         if special and self.granularity != "tensor":
             raise ValueError(f"input_gram with {special[0]} needs granularity='tensor', got {self.granularity!r}")
-        importance = weights.importance
-        if importance is not None and np.ptp(importance, axis=1).any():
-            raise ValueError("with input_gram the importance must be one number per row, (n_rows, 1), got different "
-                             "values within a row")
 
     def _warn_of_fewer(self):
         found = self.decoder_.codebooks.shape[1]

@@ -9,20 +9,18 @@ from sklearn.base import OneToOneFeatureMixin
 from sklearn.utils.validation import check_is_fitted
 
 from skfactor._sklearn import Interval, StrOptions, fit_context
-from skfactor._validation import check_gram, check_importance, check_matrix, check_row_weights
+from skfactor._validation import check_matrix
 from skfactor.codec.coders import CODERS
 from skfactor.codec.decoders import CodebookDecoder
 from skfactor.estimators._codebooks import (
     Plan,
     Solution,
-    Weights,
     assign_codes,
     row_importance,
     squared_error,
     weighted_square_sum,
 )
-from skfactor.estimators._output import DAMPING, OutputProblem, codes_for_output, fit_for_output, with_lengths
-from skfactor.estimators.base import BaseCompressor
+from skfactor.estimators._output import DAMPING, CodebookCompressor, OutputProblem, fit_for_output, with_lengths
 from skfactor.solvers.feedback import conditional_power
 
 __all__ = ["UniformQuantizer"]
@@ -30,7 +28,7 @@ __all__ = ["UniformQuantizer"]
 _MOST_LEVELS = 1 << 12  # of either sign
 
 
-class UniformQuantizer(OneToOneFeatureMixin, BaseCompressor):
+class UniformQuantizer(OneToOneFeatureMixin, CodebookCompressor):
     r"""Uniform quantisation: every weight becomes an integer multiple of one step.
 
     Minimises
@@ -121,9 +119,7 @@ class UniformQuantizer(OneToOneFeatureMixin, BaseCompressor):
         -------
         self : UniformQuantizer
         """
-        X = check_matrix(self, X, reset=True)
-        weights = Weights(check_row_weights(X, sample_weight), check_importance(X, importance))
-        gram = None if input_gram is None else check_gram(input_gram, X)
+        X, weights, gram = self._check_fit(X, sample_weight, importance, input_gram)
         counts = None if weights.counts is None else weights.counts[:, 0]
         step = self._absolute_step(X, weights)
         power = 1.0 if gram is None else conditional_power(gram, damping=DAMPING)
@@ -149,10 +145,6 @@ class UniformQuantizer(OneToOneFeatureMixin, BaseCompressor):
         self._solution, self._plan, self._problem = solution, plan, problem
         return self
 
-    def fit_transform(self, X, y=None, sample_weight=None, importance=None, input_gram=None):
-        """Fit and return the codes of `X`; see `fit`."""
-        return self.fit(X, y, sample_weight=sample_weight, importance=importance, input_gram=input_gram).labels_
-
     def transform(self, X):
         """Codes of `X`; values beyond the levels of `fit` take the outermost.
 
@@ -166,9 +158,7 @@ class UniformQuantizer(OneToOneFeatureMixin, BaseCompressor):
         """
         check_is_fitted(self)
         X = check_matrix(self, X, reset=False)
-        if self._problem is not None:
-            return codes_for_output(X, self._solution, self._problem, self.labels_)
-        return assign_codes(X, self.decoder_.codebooks, self._plan, code_lengths=self.code_lengths_)
+        return self._codes(X)
 
     def _absolute_step(self, X, weights):
         if self.unit == "absolute":
