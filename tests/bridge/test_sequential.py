@@ -220,3 +220,21 @@ def test_importance_leaves_model_and_inputs_alone():
     assert not x.requires_grad
     assert not model.conv2._forward_hooks
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_pass_ends_at_the_layer_that_is_fitted():
+    """The last layer runs only where the order and the normalisations are looked for, whatever the number of inputs."""
+    runs = []
+
+    class Last(nn.Linear):
+        def forward(self, x):
+            runs.append(len(x))
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), Last(4, 3))
+    for n_batches in (2, 5):
+        runs.clear()
+        skfactor.compress(model, SHARE, progress=False,
+                          calibration=Calibration([randn(8, 6, seed=i) for i in range(n_batches)], sequential=True))
+        assert len(runs) == 2
