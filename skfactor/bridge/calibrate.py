@@ -130,7 +130,7 @@ def collect_moments(model: nn.Module, owners: Mapping[str, list[tuple[nn.Module,
             hooks = [(m, _accumulate(sums[name], kind.vectors, spec.parameter), "before") for m, spec in layers]
             stack.enter_context(hooked(hooks))
         stack.enter_context(evaluation(model))
-        for args, kwargs in batches:
+        for args, kwargs in batches if sums else ():
             model(*args, **kwargs)
     for name, total in sums.items():
         value = total.result()
