@@ -72,9 +72,30 @@ def _skfactor(**options):
             rules = {"*": KMeansWeightSharer(**options)}
             compress_file(source, target, rules, progress=False)
             found = {key: value.numpy() for key, value in load(target).items()}
-            return found, {"bytes": os.path.getsize(target)}
+            return found, {"bytes": os.path.getsize(target), **_accounts(target)}
 
     return run
+
+
+def _accounts(path):
+    """What a file has to hold by order-0 counting: entropy of the codes of each tensor, codebooks, lossless tensors."""
+    from skfactor.codec.coders import empirical_entropy_bits
+    from skfactor.codec.container import SkfFile
+
+    figures = {"n_tensors": 0, "entropy_bytes": 0.0, "codebook_bytes": 0, "lossless_bytes": 0}
+    with SkfFile(path) as file:
+        for name in file.names:
+            tensor = file.read(name)
+            if file.entry(name)["kind"] == "raw":
+                figures["lossless_bytes"] += file.nbytes(name)
+                continue
+            codebooks = tensor.decoders[-1].codebooks
+            figures["n_tensors"] += 1
+            figures["entropy_bytes"] += empirical_entropy_bits(tensor.codes, codebooks.shape[1]) / 8
+            figures["codebook_bytes"] += codebooks.size * np.dtype(tensor.dtype).itemsize
+    figures["order0_limit"] = 1.015 * sum(figures[k] for k in ("entropy_bytes", "codebook_bytes", "lossless_bytes"))
+    figures["order0_limit"] += 64 * figures["n_tensors"]
+    return figures
 
 
 def _register_skfactor(label, **options):
