@@ -29,6 +29,7 @@ ROWS = [
     ("mnist_lenet300100_original", "20x", 0), ("mnist_lenet5_original", "20x", 0),
     ("cifar10_resnet20", "17.5x", 1), ("cifar10_resnet20", "17.5x", 2),
     ("cifar10_resnet56", "20.5x", 1), ("cifar10_resnet56", "20.5x", 2),
+    ("cifar10_resnet20", "17x", 0), ("cifar10_resnet20", "17x", 1), ("cifar10_resnet20", "17x", 2),
 ]
 #: Operating points of NNCodec nearest to half a point lost, found by trying qp -18 to -28 on the test images.
 PEERS = [
