@@ -119,7 +119,10 @@ def kmeans_1d(x, n_clusters, *, weights=None, certify=False):
     if certify and bound == 0.0 and 2 < borders.size <= data.size:  # else the bound is the inertia, perhaps zero
         data, borders, bound, passes = _certified(data, borders)
         n_iter += passes
-    centers, inertia, _ = settle(data, borders)
+    if borders.size > data.size:  # every value has a cell of its own
+        centers, inertia = data.x.astype(np.float64), 0.0
+    else:
+        centers, inertia, _ = settle(data, borders)
     bound = min(bound, inertia)
     scale = 2.0**exponent
     return KMeans1DResult((centers + data.shift) * scale, inertia * scale * scale, bound * scale * scale, n_iter)

@@ -93,7 +93,8 @@ def refine(data, borders, inertia, *, tau, half, narrow=8):
                 break
         if last:
             return borders, n_moves
-        tau /= 2
+        # a window reaches many steps of the level before: near the end the steps may shrink faster
+        tau /= 2 if tau > 1 / 64 else 4
         if tau < 1 / 64:
             half = max(half // 2, narrow)
 
