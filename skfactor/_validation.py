@@ -6,7 +6,7 @@ import difflib
 import numpy as np
 from sklearn.utils.validation import check_array, validate_data
 
-__all__ = ["check_codes", "check_gram", "check_importance", "check_matrix", "check_row_weights", "did_you_mean"]
+__all__ = ["check_gram", "check_importance", "check_matrix", "check_row_weights", "did_you_mean"]
 
 
 def did_you_mean(name, allowed):
@@ -126,11 +126,3 @@ def check_gram(input_gram, X):
     if (diagonal < 0).any() or not np.allclose(gram, gram.transpose(0, 2, 1), rtol=1e-4, atol=1e-6 * diagonal.max()):
         raise ValueError("input_gram must be a second moment: symmetric with a non-negative diagonal")
     return gram
-
-
-def check_codes(codes, n_columns):
-    """Codes as a 2-D array with `n_columns` columns."""
-    codes = np.asarray(codes)
-    if codes.ndim != 2 or codes.shape[1] != n_columns:
-        raise ValueError(f"codes must be 2-D with {n_columns} columns, got shape {codes.shape}")
-    return codes
