@@ -1,8 +1,9 @@
 """Decoders: frozen objects that turn codes back into `X` and hold exactly what is stored beside the codes.
 
-A decoder is a frozen dataclass whose fields are numpy arrays or JSON values (int, float, str, bool, None, tuple of
-those). That alone makes it storable: `parts` takes it apart, `decoder_from_parts` puts it together again, whatever
-its class. A new estimator writes one such class with a `decode` method and registers it.
+A decoder is a frozen dataclass whose fields are numpy arrays, tuples of arrays, or JSON values (int, float, str, bool,
+None, tuple of those). That alone makes it storable: `parts` takes it apart, `decoder_from_parts` puts it together
+again, whatever its class. A new estimator writes one such class with a `decode` method, registers it, and names its
+module in `skfactor.codec.families`.
 """
 # SPDX-License-Identifier: BSD-3-Clause
 
@@ -44,6 +45,10 @@ class Decoder:
         """Shape of `decode(codes)`, told without decoding, so that a small file cannot ask for a large tensor."""
         raise TypeError(f"{type(self).__name__} does not define decoded_shape(codes_shape)")
 
+    def workspace(self, codes_shape: tuple[int, int]) -> int:
+        """Elements of the largest array that `decode` makes besides codes and result, told without decoding."""
+        return 0
+
     def code_hints(self) -> dict[str, Any]:
         """What the entropy coder may know of integer codes: `n_symbols` and `zero` (code nearest to 0, or None).
 
@@ -52,10 +57,17 @@ class Decoder:
         return {}
 
     def parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """JSON-able parameters and arrays that together restore this decoder."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        arrays = {k: v for k, v in values.items() if isinstance(v, np.ndarray)}
-        return {k: v for k, v in values.items() if k not in arrays}, arrays
+        """JSON-able parameters and arrays that together restore this decoder; item i of a tuple `t` is "t.i"."""
+        params, arrays = {}, {}
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, np.ndarray):
+                arrays[name] = value
+            elif isinstance(value, tuple) and value and all(isinstance(v, np.ndarray) for v in value):
+                arrays |= {f"{name}.{i}": v for i, v in enumerate(value)}
+            else:
+                params[name] = value
+        return params, arrays
 
 
 def decoder_from_parts(name: str, params: dict[str, Any], arrays: dict[str, np.ndarray]) -> Decoder:
@@ -65,9 +77,24 @@ def decoder_from_parts(name: str, params: dict[str, Any], arrays: dict[str, np.n
         raise FormatError(f"unknown decoder {name!r}; this version knows {sorted(_REGISTRY)}")
     params = {k: tuple(v) if isinstance(v, list) else v for k, v in params.items()}
     try:
-        return cls(**params, **arrays)
+        return cls(**params, **_with_tuples(arrays))
     except (TypeError, ValueError) as error:
         raise FormatError(f"decoder {name!r} does not fit its stored parts: {error}") from error
+
+
+def _with_tuples(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Arrays by field, those of a tuple of arrays joined; ValueError when one of them is missing."""
+    found: dict[str, Any] = {}
+    for key, array in arrays.items():
+        name, dot, number = key.partition(".")
+        if not dot:
+            found[name] = array
+            continue
+        items = found.setdefault(name, ())
+        if not isinstance(items, tuple) or number != str(len(items)):
+            raise ValueError(f"array {key!r} is out of order")
+        found[name] = (*items, array)
+    return found
 
 
 @register_decoder

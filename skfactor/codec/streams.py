@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+import skfactor.codec.families  # noqa: F401  every decoder class is known to the file
 from skfactor.codec.coders import FAST_ABOVE, decode_bytes, decode_codes, encode_bytes, encode_codes
 from skfactor.codec.decoders import Decoder, decoder_from_parts
 from skfactor.codec.dtypes import DTYPES, host_dtype, is_float
@@ -42,6 +43,9 @@ CHUNK_CODES = 1 << 19
 MAX_RANGE = 1 << 16  # integer codes without hints that span more are stored as plain integers
 _DTYPES = {np.dtype(host).str for _, host in DTYPES.values()}
 _MAX_SIZE = 1 << 48
+#: A step of decoding holds at most _FREE_ELEMENTS + _WORK_RATIO times the elements of what is stored and decoded.
+_FREE_ELEMENTS = 1 << 22
+_WORK_RATIO = 16
 #: Entries hold a coder as its number here, other coders by name. Part of the format: append only.
 CODER_NAMES = ("raw", "planes", "constant", "packed", "huffman", "ans", "sparse", "bytes", "context")
 
@@ -575,11 +579,16 @@ def _check_chain(decoders: list[Decoder], codes: np.ndarray, layout: Layout) -> 
     """Follow the shapes through the chain before anything is decoded: a small codebook must not become a large tensor.
     """
     shape: tuple[int, ...] = codes.shape
+    held = sum(a.size for d in decoders for a in d.parts()[1].values())
+    allowed = _FREE_ELEMENTS + _WORK_RATIO * (codes.size + layout.n_rows * math.prod(layout.kernel_shape) + held)
     for decoder in reversed(decoders):
         try:
+            work = decoder.workspace(shape)
             shape = decoder.decoded_shape(shape)
+            work = max(work, math.prod(shape))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise FormatError(f"codes of shape {shape} do not fit decoder {decoder.name!r}: {error}") from error
+        _require(work <= allowed, f"decoder {decoder.name!r} asks for {work} elements at once, allowed: {allowed}")
     expected = (layout.n_rows, math.prod(layout.kernel_shape))
     _require(tuple(shape) == expected, f"codes decode to a matrix of shape {tuple(shape)}, expected {expected}")
 

@@ -1,0 +1,6 @@
+"""Importing this module makes every decoder class known to the file format."""
+# SPDX-License-Identifier: BSD-3-Clause
+
+from skfactor.codec import decoders, linear
+
+__all__ = ["decoders", "linear"]
