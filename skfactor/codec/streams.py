@@ -579,6 +579,7 @@ def _check_chain(decoders: list[Decoder], codes: np.ndarray, layout: Layout) -> 
     """Follow the shapes through the chain before anything is decoded: a small codebook must not become a large tensor.
     """
     shape: tuple[int, ...] = codes.shape
+    most = (0, "")
     held = sum(a.size for d in decoders for a in d.parts()[1].values())
     allowed = _FREE_ELEMENTS + _WORK_RATIO * (codes.size + layout.n_rows * math.prod(layout.kernel_shape) + held)
     for decoder in reversed(decoders):
@@ -588,9 +589,10 @@ def _check_chain(decoders: list[Decoder], codes: np.ndarray, layout: Layout) -> 
             work = max(work, math.prod(shape))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise FormatError(f"codes of shape {shape} do not fit decoder {decoder.name!r}: {error}") from error
-        _require(work <= allowed, f"decoder {decoder.name!r} asks for {work} elements at once, allowed: {allowed}")
+        most = max(most, (work, decoder.name))
     expected = (layout.n_rows, math.prod(layout.kernel_shape))
     _require(tuple(shape) == expected, f"codes decode to a matrix of shape {tuple(shape)}, expected {expected}")
+    _require(most[0] <= allowed, f"decoder {most[1]!r} asks for {most[0]} elements at once, allowed: {allowed}")
 
 
 def put_together(entry: Any, source: Source) -> CompressedTensor | RawTensor:

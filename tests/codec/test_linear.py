@@ -87,7 +87,7 @@ def test_decoding_may_not_ask_for_more_room_than_the_file_justifies(tmp_path):
         saved(tmp_path / "x.skf", tensor).read("x")
 
 
-@pytest.mark.parametrize("components, message", [
+@pytest.mark.parametrize(("components", "message"), [
     (np.ones((2, 3), np.int8), "non-empty float array, got int8"),
     (np.ones((0, 3)), "non-empty float array"),
     (np.ones(3), "2 dimensions, got 1"),
