@@ -8,13 +8,14 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
+from skfactor._sklearn import CallbackSupport
 from skfactor._validation import check_matrix
 from skfactor.codec.tensor import CompressedTensor, Layout
 
 __all__ = ["BaseCompressor", "compressed_tensor", "decoder_chain", "fit_params", "steps_of"]
 
 
-class BaseCompressor(TransformerMixin, BaseEstimator):
+class BaseCompressor(CallbackSupport, TransformerMixin, BaseEstimator):
     """Base of all estimators: `fit`, `transform` to codes, `inverse_transform` by the frozen decoder.
 
     A subclass sets in `fit` the attribute `decoder_`, a `skfactor.codec.decoders.Decoder` that turns the codes
