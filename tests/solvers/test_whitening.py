@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from skfactor.solvers.whitening import code_operator, damped_grams, linear_codes, row_groups, whiten
+from skfactor.solvers.whitening import code_operators, damped_grams, linear_codes, row_groups, whiten
 
 
 def gram_of(rng, d, n_inputs):
@@ -85,7 +85,7 @@ def test_scale_of_atoms_and_grams_does_not_matter():
 
 
 def test_operator_reads_no_more_than_the_basis_spans():
-    P = code_operator(np.eye(4)[:2])
+    (P,) = code_operators(np.eye(4)[:2])
     np.testing.assert_allclose(P, np.eye(4)[:, :2], atol=1e-15)
 
 
