@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place and renamed into it."""
+"""Files that are whole or not there: written beside their place and renamed into it; open files the same way."""
 # SPDX-License-Identifier: BSD-3-Clause
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import os
 import secrets
 from pathlib import Path
 
-__all__ = ["AtomicFile"]
+__all__ = ["AtomicFile", "OpenFile"]
 
 
 class AtomicFile:
@@ -74,3 +74,21 @@ class AtomicFile:
             self.commit()
         else:
             self.abort()
+
+
+class OpenFile:
+    """A file object of the caller behind the methods of `AtomicFile`; it stays open, and `abort` empties it."""
+
+    def __init__(self, file):
+        self._file = file
+        self.write, self.seek, self.tell, self.read, self.truncate = (
+            file.write, file.seek, file.tell, file.read, file.truncate)
+
+    def commit(self):
+        """Flush."""
+        self._file.flush()
+
+    def abort(self):
+        """Remove what was written."""
+        self._file.seek(0)
+        self._file.truncate()

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from skfactor.codec._files import AtomicFile
+from skfactor.codec._files import AtomicFile, OpenFile
 from skfactor.codec.index import TAIL_BYTES, Index, Reader, decode_index, encode_region
 from skfactor.codec.streams import PackLedger, PackWriter, coder_name, decode_pack, plan, put_together, take_apart
 from skfactor.codec.tensor import CompressedTensor, RawTensor
@@ -121,7 +121,8 @@ class SkfWriter:
 
     Parameters
     ----------
-    path : path-like
+    path : path-like or binary file object
+        A file object must be empty, readable, writable and seekable; it stays open.
     metadata : dict, optional
         JSON values kept beside the tensors.
 
@@ -147,7 +148,7 @@ class SkfWriter:
         self._checksums: list[int] = []
         self._tail: list[bytes] = []
         self._bytes: dict[str, int] | None = None
-        self._file = AtomicFile(path)
+        self._file = OpenFile(path) if hasattr(path, "write") else AtomicFile(path)
         self._file.write(bytes(8 + _WIDE_HEADER))
 
     def add(self, name: str, tensor: CompressedTensor | RawTensor) -> None:

@@ -28,6 +28,7 @@ context models for lossless data compression (2005), for logistic mixing.
 """
 # SPDX-License-Identifier: BSD-3-Clause
 
+import collections
 from decimal import Decimal, localcontext
 from functools import lru_cache
 
@@ -344,7 +345,8 @@ class _BitWriter:
 
     def __init__(self):
         self._coder = _RangeEncoder()
-        self._recent = []  # (state before, bits, probabilities) of at least _TAIL decisions in all
+        self._recent = collections.deque()  # (state before, bits, probabilities) of at least _TAIL decisions in all
+        self._n_recent = 0
 
     def code(self, probability, bits):
         values, probability = bits.astype(np.int32), probability / _PROB_ONE
@@ -352,11 +354,13 @@ class _BitWriter:
         if head:
             self._coder.encode(values[:head], _BERNOULLI, probability[:head])
             self._recent.clear()
+            self._n_recent = 0
         if len(values):
             self._recent.append((self._coder.pos(), values[head:], probability[head:]))
             self._coder.encode(values[head:], _BERNOULLI, probability[head:])
-            while sum(len(v) for _, v, _ in self._recent[1:]) >= _TAIL:
-                del self._recent[0]
+            self._n_recent += len(values) - head
+            while self._n_recent - len(self._recent[0][1]) >= _TAIL:
+                self._n_recent -= len(self._recent.popleft()[1])
         return bits
 
     def payload(self):
@@ -437,15 +441,29 @@ def _code_live(bits, n, live):
     one = int(_PROB_ONE)
     if code(one * 7 // 8, None if live is None else bool(live.all())):
         return np.ones(n, dtype=bool)
+    if live is not None:
+        bits.code(_live_probabilities(live), live)
+        return live
     out = np.zeros(n, dtype=bool)
     seen = [[1, 1], [1, 1]]  # given the flag before: twice the number of dead and of live ones, plus 1
     before = 1
     for i in range(n):
         dead, alive = seen[before]
-        out[i] = code(one * alive // (dead + alive), None if live is None else bool(live[i]))
+        out[i] = code(one * alive // (dead + alive), None)
         seen[before][int(out[i])] += 2
         before = int(out[i])
     return out
+
+
+def _live_probabilities(live):
+    """The probabilities that `_code_live` meets in turn when it reads the flags ``live``."""
+    before = np.r_[True, live[:-1]]
+    probability = np.empty(len(live))
+    for place in (np.flatnonzero(before), np.flatnonzero(~before)):
+        alive = 1 + 2 * np.cumsum(live[place]) - 2 * live[place]
+        total = 2 + 2 * np.arange(len(place))
+        probability[place] = int(_PROB_ONE) * alive // total
+    return probability
 
 
 def _walk(bits, shape, kernel, below, above, target):
