@@ -17,6 +17,7 @@ _MODULE_OF = {
     "FormatError": "skfactor.exceptions",
     "KMeansWeightSharer": "skfactor.estimators",
     "LayerError": "skfactor.exceptions",
+    "LowRankFactorizer": "skfactor.estimators",
     "MantissaRounder": "skfactor.estimators",
     "Report": "skfactor.report",
     "SkfactorError": "skfactor.exceptions",

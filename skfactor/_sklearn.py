@@ -22,7 +22,7 @@ import functools
 import inspect
 
 from sklearn.base import _fit_context
-from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils._param_validation import HasMethods, Interval, RealNotInt, StrOptions
 from sklearn.utils.validation import _check_feature_names_in as check_feature_names_in
 
 try:
@@ -30,8 +30,8 @@ try:
 except ImportError:  # scikit-learn < 1.9
     CallbackSupportMixin = object
 
-__all__ = ["CallbackSupport", "HasMethods", "Interval", "StrOptions", "check_feature_names_in", "fit_context",
-           "with_callbacks"]
+__all__ = ["CallbackSupport", "HasMethods", "Interval", "RealNotInt", "StrOptions", "check_feature_names_in",
+           "fit_context", "with_callbacks"]
 
 
 class CallbackSupport(CallbackSupportMixin):

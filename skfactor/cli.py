@@ -23,6 +23,7 @@ DEFAULT_RULE = "*=kmeans:n_clusters=32"
 #: name in a rule -> class in `skfactor.estimators`; a new estimator is one more line
 METHODS = {
     "kmeans": "KMeansWeightSharer",
+    "lowrank": "LowRankFactorizer",
     "round": "MantissaRounder",
     "uniform": "UniformQuantizer",
 }

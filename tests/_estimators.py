@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from skfactor import KMeansWeightSharer, MantissaRounder, UniformQuantizer
+from skfactor import KMeansWeightSharer, LowRankFactorizer, MantissaRounder, UniformQuantizer
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class Case:
     full : parameters under which the reconstruction is exact, None where no parameters make it so
     sklearn : whether scikit-learn's suite applies (not where X must have the rows of fit, or a divisible width)
     optimal : whether the solver is globally optimal, so that more budget can never mean more error
+    rounding : what "exact" may miss by, relative to the largest value: codes in floating point are rounded
     """
 
     estimator: Any
@@ -22,6 +23,7 @@ class Case:
     full: dict | None = field(default_factory=lambda: {"n_clusters": 10_000})
     sklearn: bool = True
     optimal: bool = True
+    rounding: float = 0.0
 
     @property
     def id(self):
@@ -46,4 +48,6 @@ CASES = [
     Case(UniformQuantizer(), budget=("step", (1.0, 0.5, 0.25, 0.1)), full=None, optimal=False),
     Case(UniformQuantizer(entropy_weight=0.0), budget=("step", (1.0, 0.5, 0.25, 0.1)), full=None, optimal=False),
     Case(MantissaRounder(), budget=("n_bits", (1, 2, 4, 8)), full={"n_bits": 53}),
+    Case(LowRankFactorizer(rank=4), budget=("rank", (1, 2, 4, 8)), full={"rank": None}, rounding=1e-6),
+    Case(LowRankFactorizer(energy=0.9), budget=("energy", (0.3, 0.5, 0.8, 0.95)), full={"energy": 1.0}, rounding=1e-6),
 ]

@@ -14,6 +14,7 @@ PUBLIC = {
     "FormatError",
     "KMeansWeightSharer",
     "LayerError",
+    "LowRankFactorizer",
     "MantissaRounder",
     "Report",
     "SkfactorError",
