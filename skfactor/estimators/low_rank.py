@@ -8,8 +8,8 @@ import numpy as np
 from skfactor._sklearn import Interval, RealNotInt
 from skfactor.codec.linear import ComponentsDecoder
 from skfactor.estimators._linear import Factors, LinearFactorizer, factor_errors, rank_within
-from skfactor.solvers.low_rank import low_rank_basis, refit_basis
-from skfactor.solvers.whitening import code_operators
+from skfactor.solvers.low_rank import low_rank_basis
+from skfactor.solvers.whitening import code_operators, refit_basis
 
 __all__ = ["LowRankFactorizer"]
 

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import eigh, qr
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, cg, eigsh
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
-from skfactor.solvers.whitening import DAMPING, code_operators, damped_grams, row_groups, whiten
+from skfactor.solvers.whitening import DAMPING, whiten
 
-__all__ = ["LowRank", "low_rank_basis", "refit_basis"]
+__all__ = ["LowRank", "low_rank_basis"]
 
 _BLOCK_ELEMENTS = 1 << 21
 _LANCZOS_FROM = 1024  # rows or columns, whichever are fewer: below, a full decomposition takes a fraction of a second
@@ -94,47 +94,6 @@ def low_rank_basis(X, rank=None, *, energy=None, weights=None, gram=None, dampin
     # the sign of a singular vector is free: the largest entry is positive
     largest = np.take_along_axis(basis, np.abs(basis).argmax(axis=1)[:, None], axis=1)
     return LowRank(np.where(largest < 0, -basis, basis), values, total)
-
-
-def refit_basis(X, basis, gram, *, weights=None, damping=DAMPING, n_rounds=4):
-    """Lower the output error of a basis that groups of rows with different grams share.
-
-    Alternates the best codes of every group with the best basis for these codes, whose normal equations
-    ``Σ_g C_gᵀ C_g B G_g = Σ_g C_gᵀ X_g G_g`` are solved by conjugate gradients. No round raises the error.
-
-    Parameters
-    ----------
-    X : ndarray of shape (n, d)
-    basis : ndarray of shape (r, d)
-    gram : ndarray of shape (g, d, d)
-    weights : ndarray of shape (n,), optional
-    damping : float, default=DAMPING
-    n_rounds : int, default=4
-
-    Returns
-    -------
-    basis : ndarray of shape (r, d)
-    """
-    X = np.asarray(X, dtype=np.float64)
-    w = np.ones(len(X)) if weights is None else weights
-    grams = damped_grams(gram, damping)
-    groups = list(zip(row_groups(len(X), len(grams)), grams, strict=True))
-    B = np.array(basis, dtype=np.float64)
-    for _ in range(n_rounds):
-        B /= np.sqrt(np.einsum("rd,rd->r", B, B))[:, None].clip(np.finfo(np.float64).tiny)
-        operators = code_operators(B, gram, damping)
-        codes = [X[rows] @ P for (rows, _), P in zip(groups, operators)]
-        squares = [C.T @ (w[rows, None] * C) for C, (rows, _) in zip(codes, groups)]
-        right = sum(C.T @ (w[rows, None] * (X[rows] - C @ B)) @ G for C, (rows, G) in zip(codes, groups))
-
-        def apply(v, squares=squares):
-            v = v.reshape(basis.shape)
-            return sum(S @ v @ G for S, (_, G) in zip(squares, groups)).ravel()
-
-        system = LinearOperator((B.size, B.size), matvec=apply, dtype=np.float64)
-        step, _ = cg(system, right.ravel(), rtol=1e-8, atol=0.0, maxiter=100)
-        B = B + step.reshape(B.shape)
-    return B
 
 
 def _blocks(X, weights):

@@ -6,8 +6,8 @@ import pytest
 
 from skfactor.solvers import low_rank
 from skfactor.solvers.feedback import output_error
-from skfactor.solvers.low_rank import low_rank_basis, refit_basis
-from skfactor.solvers.whitening import damped_grams, linear_codes, row_groups
+from skfactor.solvers.low_rank import low_rank_basis
+from skfactor.solvers.whitening import damped_grams, linear_codes
 
 
 def gram_of(rng, d, n_inputs):
@@ -92,19 +92,3 @@ def test_lanczos_finds_the_same(monkeypatch):
     fast = low_rank_basis(X, 3)
     np.testing.assert_allclose(fast.singular_values, full.singular_values, rtol=1e-12)
     np.testing.assert_allclose(fast.basis, full.basis, atol=1e-8)
-
-
-def test_refit_lowers_the_error_of_every_round():
-    rng = np.random.default_rng(7)
-    X, grams = rng.standard_normal((12, 8)), np.stack([gram_of(rng, 8, 20) for _ in range(3)])
-    grams = np.stack([G[np.ix_(p, p)] for G, p in zip(grams, (rng.permutation(8) for _ in grams))])
-    start = low_rank_basis(X, 2).basis
-
-    def error(B):
-        codes = linear_codes(X, B, grams)
-        E = X - codes @ B
-        return sum(float(np.trace(E[r] @ G @ E[r].T)) for r, G in zip(row_groups(12, 3), damped_grams(grams)))
-
-    errors = [error(refit_basis(X, start, grams, n_rounds=i)) for i in range(6)]
-    assert all(b <= a * (1 + 1e-9) for a, b in zip(errors, errors[1:]))
-    assert errors[-1] < 0.9 * errors[0]

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from skfactor.solvers.whitening import code_operators, damped_grams, linear_codes, row_groups, whiten
+from skfactor.solvers.whitening import code_operators, damped_grams, linear_codes, refit_basis, row_groups, whiten
 
 
 def gram_of(rng, d, n_inputs):
@@ -92,3 +92,19 @@ def test_operator_reads_no_more_than_the_basis_spans():
 def test_groups_must_divide_the_rows():
     with pytest.raises(ValueError, match="split evenly over the 2 groups of the gram, got 3 rows"):
         linear_codes(np.ones((3, 2)), np.eye(2), np.stack([np.eye(2)] * 2))
+
+
+def test_refit_lowers_the_error_of_every_round():
+    rng = np.random.default_rng(7)
+    X, grams = rng.standard_normal((12, 8)), np.stack([gram_of(rng, 8, 20) for _ in range(3)])
+    grams = np.stack([G[np.ix_(p, p)] for G, p in zip(grams, (rng.permutation(8) for _ in grams))])
+    start = np.linalg.svd(X)[2][:2]
+
+    def error(B):
+        codes = linear_codes(X, B, grams)
+        E = X - codes @ B
+        return sum(float(np.trace(E[r] @ G @ E[r].T)) for r, G in zip(row_groups(12, 3), damped_grams(grams)))
+
+    errors = [error(refit_basis(X, start, grams, n_rounds=i)) for i in range(6)]
+    assert all(b <= a * (1 + 1e-9) for a, b in zip(errors, errors[1:]))
+    assert errors[-1] < 0.9 * errors[0]
