@@ -14,6 +14,7 @@ _MODULE_OF = {
     "BaseCompressor": "skfactor.estimators",
     "Calibration": "skfactor.bridge",
     "CompressionResult": "skfactor.bridge",
+    "CompressionSearchCV": "skfactor.selection",
     "FormatError": "skfactor.exceptions",
     "KMeansWeightSharer": "skfactor.estimators",
     "LayerError": "skfactor.exceptions",

@@ -18,20 +18,38 @@ A monitor scores against the data itself: where `fit` has no `y`, callbacks get 
 """
 # SPDX-License-Identifier: BSD-3-Clause
 
+import contextlib
 import functools
 import inspect
 
 from sklearn.base import _fit_context
+from sklearn.model_selection._validation import _insert_error_scores as insert_error_scores
+from sklearn.model_selection._validation import _warn_or_raise_about_fit_failures as warn_or_raise_about_fit_failures
+from sklearn.utils import _safe_indexing as take_rows
 from sklearn.utils._param_validation import HasMethods, Interval, RealNotInt, StrOptions
 from sklearn.utils.validation import _check_feature_names_in as check_feature_names_in
+from sklearn.utils.validation import _check_method_params as rows_of_params
 
 try:
     from sklearn.callback import CallbackSupportMixin
 except ImportError:  # scikit-learn < 1.9
     CallbackSupportMixin = object
 
-__all__ = ["CallbackSupport", "HasMethods", "Interval", "RealNotInt", "StrOptions", "check_feature_names_in",
-           "fit_context", "with_callbacks"]
+__all__ = [
+    "CallbackSupport",
+    "HasMethods",
+    "Interval",
+    "RealNotInt",
+    "StrOptions",
+    "callback_context",
+    "check_feature_names_in",
+    "fit_context",
+    "insert_error_scores",
+    "rows_of_params",
+    "take_rows",
+    "warn_or_raise_about_fit_failures",
+    "with_callbacks",
+]
 
 
 class CallbackSupport(CallbackSupportMixin):
@@ -115,3 +133,26 @@ def fit_context(*, prefer_skip_nested_validation):
         return validated(with_callbacks(method) if method.__name__ == "fit" else method)
 
     return decorator
+
+
+def callback_context(estimator, max_subtasks):
+    """Root context of the running fit of a meta-estimator; one that does nothing where no callback listens."""
+    if getattr(estimator, "_skl_callbacks", None) or hasattr(estimator, "_parent_callback_ctx"):
+        return estimator._init_callback_context(max_subtasks=max_subtasks)
+    return _NoContext()
+
+
+class _NoContext:
+    """Stands for scikit-learn's `CallbackContext` where no callback listens."""
+
+    def subcontext(self, **kwargs):
+        return self
+
+    def call_on_fit_task_begin(self, **kwargs):
+        return self
+
+    def call_on_fit_task_end(self, **kwargs):
+        return False
+
+    def propagate_callback_context(self, sub_estimator):
+        return contextlib.nullcontext()

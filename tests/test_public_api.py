@@ -11,6 +11,7 @@ PUBLIC = {
     "BaseCompressor",
     "Calibration",
     "CompressionResult",
+    "CompressionSearchCV",
     "FormatError",
     "KMeansWeightSharer",
     "LayerError",
