@@ -5,6 +5,8 @@ import numpy as np
 
 # Atoms of one block: the block's cross term is one matrix product, inside it Gauss-Seidel in vectors over the samples.
 _BLOCK = 16
+# Sweeps between two looks at the gap.
+_SWEEPS = 10
 
 
 def sweep_in_place(codes_t, cross_t, gram, alpha, n_sweeps, positive=False):
@@ -46,3 +48,42 @@ def _shrink(c, alpha, positive):
     if positive:
         return np.maximum(c - alpha, 0)
     return c - np.clip(c, -alpha, alpha)
+
+
+def descend(V, X, alpha, start, target, max_iter, positive):
+    """Codes by coordinate descent down to the absolute gaps `target`, all in float64.
+
+    `start` is a pair of atoms and values (T, n), empty places with the atom K. Returns codes (n, K), gaps and sweeps.
+    """
+    K, n = len(V), len(X)
+    X = X.astype(np.float64)
+    codes_t = np.zeros((K + 1, n))
+    codes_t[start[0], np.arange(n)] = start[1]
+    codes_t = codes_t[:K]
+    gram, cross_t = V @ V.T, V @ X.T
+    gap = duality_gap(X, V, alpha, codes_t.T, positive)
+    n_sweeps = 0
+    open_ = np.flatnonzero(~(gap <= target))
+    while len(open_) and n_sweeps < max_iter:
+        some = min(_SWEEPS, max_iter - n_sweeps)
+        part = codes_t[:, open_]
+        sweep_in_place(part, cross_t[:, open_], gram, alpha[open_], some, positive)
+        codes_t[:, open_] = part
+        gap[open_] = duality_gap(X[open_], V, alpha[open_], part.T, positive)
+        n_sweeps += some
+        open_ = open_[gap[open_] > target[open_]]
+    return codes_t.T, gap, n_sweeps
+
+
+def duality_gap(X, V, alpha, codes, positive):
+    """Absolute duality gap of every row.
+
+    With ``r = x - u V`` and the dual point ``s r``, ``s = min(1, alpha / max|V r|)``, the gap is
+    ``1/2 (1 - s)^2 |r|^2 + sum_k(alpha |u_k| - s u_k v_k . r)``, a sum of terms that are not negative.
+    """
+    residual = X - codes @ V
+    c = residual @ V.T
+    top = (np.maximum(c, 0) if positive else np.abs(c)).max(axis=1, initial=0)
+    scale = np.where(top > alpha, alpha / np.where(top > 0, top, 1), 1.0)
+    linear = alpha * np.abs(codes).sum(axis=1) - scale * np.einsum("ij,ij->i", c, codes)
+    return 0.5 * (1 - scale) ** 2 * np.einsum("ij,ij->i", residual, residual) + np.maximum(linear, 0)
