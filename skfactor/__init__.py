@@ -11,6 +11,7 @@ __version__ = "0.1.0.dev0"
 
 # public name -> module that defines it
 _MODULE_OF = {
+    "AutoencoderCompressor": "skfactor.estimators",
     "BaseCompressor": "skfactor.estimators",
     "Calibration": "skfactor.bridge",
     "CompressionResult": "skfactor.bridge",

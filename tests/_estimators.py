@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from skfactor import KMeansWeightSharer, LowRankFactorizer, MantissaRounder, UniformQuantizer
+from skfactor import AutoencoderCompressor, KMeansWeightSharer, LowRankFactorizer, MantissaRounder, UniformQuantizer
 
 
 @dataclass(frozen=True)
@@ -50,4 +50,13 @@ CASES = [
     Case(MantissaRounder(), budget=("n_bits", (1, 2, 4, 8)), full={"n_bits": 53}),
     Case(LowRankFactorizer(rank=4), budget=("rank", (1, 2, 4, 8)), full={"rank": None}, rounding=1e-6),
     Case(LowRankFactorizer(energy=0.9), budget=("energy", (0.3, 0.5, 0.8, 0.95)), full={"energy": 1.0}, rounding=1e-6),
+    Case(AutoencoderCompressor((16,), 3, max_iter=50, random_state=0), budget=("latent_dim", (1, 2, 4, 8)), full=None,
+         optimal=False),
+    Case(AutoencoderCompressor((), 3, activation="identity", max_iter=20, random_state=0),
+         budget=("latent_dim", (1, 2, 4, 8)), full=None),
+    Case(AutoencoderCompressor((12, 8), 2, vector_size=8, activation="tanh", batch_size=4, max_iter=30, device="cpu",
+                               random_state=0),
+         budget=("latent_dim", (1, 2, 4)), full=None, sklearn=False, optimal=False),
+    Case(AutoencoderCompressor((8,), 2, activation="logistic", early_stopping=True, max_iter=20, random_state=0),
+         budget=("latent_dim", (1, 8)), full=None, sklearn=False, optimal=False),
 ]

@@ -8,6 +8,7 @@ import pytest
 import skfactor
 
 PUBLIC = {
+    "AutoencoderCompressor",
     "BaseCompressor",
     "Calibration",
     "CompressionResult",

@@ -1,5 +1,10 @@
-"""Estimators: one file, one estimator."""
+"""Estimators: one file, one estimator.
+
+Those that are trained with torch are imported when first used.
+"""
 # SPDX-License-Identifier: BSD-3-Clause
+
+import importlib
 
 from skfactor.estimators.base import BaseCompressor, compressed_tensor, decoder_chain, fit_params
 from skfactor.estimators.kmeans_sharer import KMeansWeightSharer
@@ -7,7 +12,11 @@ from skfactor.estimators.low_rank import LowRankFactorizer
 from skfactor.estimators.mantissa_rounder import MantissaRounder
 from skfactor.estimators.uniform_quantizer import UniformQuantizer
 
+# public name -> module that imports torch
+_TRAINED = {"AutoencoderCompressor": "skfactor.estimators.autoencoder"}
+
 __all__ = [
+    "AutoencoderCompressor",
     "BaseCompressor",
     "KMeansWeightSharer",
     "LowRankFactorizer",
@@ -17,3 +26,9 @@ __all__ = [
     "decoder_chain",
     "fit_params",
 ]
+
+
+def __getattr__(name):
+    if name in _TRAINED:
+        return getattr(importlib.import_module(_TRAINED[name]), name)
+    raise AttributeError(f"module 'skfactor.estimators' has no attribute {name!r}")
