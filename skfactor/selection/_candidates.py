@@ -216,7 +216,7 @@ class StepMemory:
     def _transform(self, depth, step, X):
         known = [self._codes[depth]] if depth in self._codes else []
         # fit_transform of a class of its own need not give what transform gives
-        if type(step).fit_transform is TransformerMixin.fit_transform:
+        if getattr(type(step), "fit_transform", None) is TransformerMixin.fit_transform:
             known += self._fits
         for entry in known:
             if entry.fitted is step and entry.X is X:
