@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -14,21 +15,32 @@ from torch import nn
 from skfactor.bridge.assumed import ASSUMED, assumed_side, check_calibration_word, not_assumed
 from skfactor.bridge.batchnorm import fold_batch_norm
 from skfactor.bridge.calibrate import Calibration, collect_moments, kind_of_inputs, model_batches
+from skfactor.bridge.cost import measure_cost
 from skfactor.bridge.files import file_source
+from skfactor.bridge.latency import example_batch
 from skfactor.bridge.layers import Network, entries_of_module, entries_of_state_dict, plain_name, unwrap
-from skfactor.bridge.result import CompressionResult, Source, assemble, compress_source
+from skfactor.bridge.modules import dense_copy
+from skfactor.bridge.replace import (
+    Replacement,
+    check_replaceable,
+    keep_faster,
+    plan_replacements,
+    replace_layers,
+)
+from skfactor.bridge.result import FACTORIZED, CompressionResult, Source, assemble, compress_source
 from skfactor.bridge.rules import resolve_rules
 from skfactor.bridge.sequential import fit_in_order
 from skfactor.bridge.tensors import dtype_name, from_bits, to_bits
 from skfactor.codec.container import SkfFile
 from skfactor.codec.safetensors_io import SafetensorsReader
 from skfactor.codec.tensor import CompressedTensor, RawTensor
-from skfactor.exceptions import LayerError
+from skfactor.exceptions import FormatError, LayerError
 
 __all__ = ["compress", "load", "load_into"]
 
 
 def compress(model: nn.Module | Mapping[str, torch.Tensor] | str | PathLike, rules: Any, *, calibration: Any = None,
+             mode: str = "dense", execute: str = "factorized", example_inputs: Any = None, measure: bool = False,
              n_jobs: int | None = None, progress: bool = True) -> CompressionResult:
     """Compress the weights of a network.
 
@@ -49,6 +61,19 @@ def compress(model: nn.Module | Mapping[str, torch.Tensor] | str | PathLike, rul
         (x, y) only what `forward` requires is used. `skfactor.Calibration` holds inputs and how to use them. Inputs
         need a module. "assumed" needs no data: inputs are taken to have a common positive mean, to be uncorrelated
         between channels and correlated between neighbouring pixels, as they are behind a rectifier.
+    mode : {"dense", "factorized"}, default="dense"
+        "dense": every layer keeps its class and gets the reconstructed weight. "factorized": a layer whose weight is
+        linear in its codes (low rank, dictionary, Tucker, separable) is replaced by a chain of smaller stock modules,
+        where these have fewer weights; `result.executions` has the reason of every layer that stays dense. Needs a
+        module.
+    execute : {"factorized", "auto"}, default="factorized"
+        "auto": both forms of every layer are measured on this machine with inputs as the layer gets them, and the
+        faster one stays.
+    example_inputs : tensor, tuple, dict or loader, default=None
+        What is measured with: a tensor, a tuple of positional or a dict of keyword arguments of one forward pass; of
+        anything else the first batch. The first calibration batch when None.
+    measure : bool, default=False
+        Also measure the whole network, as `result.measure(example_inputs)` does.
     n_jobs : int, default=None
         Layers fitted at a time, through joblib, so that `joblib.parallel_config` applies. The result does not depend
         on it.
@@ -77,8 +102,15 @@ def compress(model: nn.Module | Mapping[str, torch.Tensor] | str | PathLike, rul
     "rule '*' is None"
     """
     check_calibration_word(calibration)
+    _check_choice("mode", mode, ("dense", "factorized"))
+    _check_choice("execute", execute, ("factorized", "auto"))
+    if execute == "auto" and mode == "dense":
+        raise ValueError("execute='auto' chooses between factorised and dense layers: it needs mode='factorized'")
     if isinstance(model, nn.Module):
-        return _compress_module(model, rules, calibration, n_jobs, progress)
+        run = _Running(mode == "factorized", execute == "auto", measure, example_inputs)
+        return _compress_module(model, rules, calibration, run, n_jobs, progress)
+    if mode == "factorized" or measure or example_inputs is not None:
+        raise ValueError("mode='factorized', measure and example_inputs need the module, not its state dict or file")
     if calibration is not None and not isinstance(calibration, str):
         raise ValueError("calibration runs the network: give the module, not its state dict or file")
     if isinstance(model, (str, PathLike)):
@@ -99,8 +131,34 @@ def _compress_tensors(source, rules, calibration, n_jobs, progress) -> Compressi
     return result
 
 
-def _compress_module(model, rules, calibration, n_jobs, progress) -> CompressionResult:
+@dataclass(frozen=True)
+class _Running:
+    """How the compressed network is to run."""
+
+    factorized: bool
+    auto: bool
+    measure: bool
+    example_inputs: Any
+
+    def batch(self, model, calibration):
+        """Arguments of the forward pass that is measured; None where none is."""
+        if not (self.auto or self.measure):
+            return None
+        inputs = calibration.inputs if isinstance(calibration, Calibration) else calibration
+        what = "execute='auto'" if self.auto else "measure=True"
+        return example_batch(model, self.example_inputs, inputs, what)
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _compress_module(model, rules, calibration, run, n_jobs, progress) -> CompressionResult:
+    if run.factorized:
+        check_replaceable(model)
     plan = resolve_rules(rules, entries_of_module(model).entries)
+    batch = run.batch(model, calibration)  # before the fits: a mistake here must not cost them
     copied = deep_copy(model)
     network = entries_of_module(copied)
     if calibration is None or isinstance(calibration, str):
@@ -110,8 +168,17 @@ def _compress_module(model, rules, calibration, n_jobs, progress) -> Compression
             calibration = Calibration(calibration)
         result, missing = _compress_calibrated(copied, network, plan, calibration, n_jobs, progress)
         result.uncalibrated = missing
-    _write(network.tensors, {n: t for n, t in result.tensors.items() if isinstance(t, CompressedTensor)})
+    compressed = {n: t for n, t in result.tensors.items() if isinstance(t, CompressedTensor)}
+    _write(network.tensors, compressed)
+    if run.factorized:
+        replacements = plan_replacements(copied, network, compressed)
+        if run.auto:
+            replacements = keep_faster(copied, replacements, batch)
+        replace_layers(copied, replacements)
+        result.executions = [replacement.record for replacement in replacements]
     result.model = copied
+    if run.measure:
+        result.cost = measure_cost(dense_copy(copied), copied, batch)
     return result
 
 
@@ -164,6 +231,8 @@ def _write(targets: Mapping[str, torch.Tensor], tensors: Mapping[str, Compressed
 def load(path: str | PathLike) -> dict[str, torch.Tensor]:
     """Read a compressed file: the state dict with the reconstructed weights; tied names share one tensor.
 
+    Weights of layers that run factorised are dense here; `load_into` restores the factorised network.
+
     Parameters
     ----------
     path : str or PathLike
@@ -180,18 +249,23 @@ def load(path: str | PathLike) -> dict[str, torch.Tensor]:
         The file is damaged, or is not a .skf file.
     """
     with SkfFile(path) as file:
-        state: dict[str, torch.Tensor] = {}
-        for name in file.names:
-            first = file.ties.get(name)
-            state[name] = state[first] if first else from_bits(file.read_array(name), file.entry(name)["dtype"])
-        return state
+        return _state_dict(file)
 
 
-def load_into(model: nn.Module, path: str | PathLike, strict: bool = True) -> nn.Module:
+def _state_dict(file: SkfFile) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = {}
+    for name in file.names:
+        first = file.ties.get(name)
+        state[name] = state[first] if first else from_bits(file.read_array(name), file.entry(name)["dtype"])
+    return state
+
+
+def load_into(model: nn.Module, path: str | PathLike, strict: bool = True, *, mode: str | None = None) -> nn.Module:
     """Write the weights of a compressed file into a network, in place, and return the network.
 
-    Everything is read and checked before the first weight changes. Values are copied into the existing parameters, so
-    ties, optimizers, devices and memory formats stay.
+    Everything is read, built and checked before the first weight changes. Values are copied into the existing
+    parameters, so ties, optimizers, devices and memory formats stay. Layers that the file says run factorised are
+    replaced by their chains, with the parameters, to the bit, of the network that was saved.
 
     Parameters
     ----------
@@ -201,6 +275,8 @@ def load_into(model: nn.Module, path: str | PathLike, strict: bool = True) -> nn
         A .skf file.
     strict : bool, default=True
         Whether names that only one side has are an error.
+    mode : {"dense"} or None, default=None
+        "dense" replaces no layer, whatever the file says.
 
     Returns
     -------
@@ -210,11 +286,17 @@ def load_into(model: nn.Module, path: str | PathLike, strict: bool = True) -> nn
     ------
     ValueError
         Names, shapes or dtypes differ; the network is unchanged.
+    LayerError
+        A layer that the file has factorised cannot be replaced here; the network is unchanged.
     FormatError
         The file is damaged; the network is unchanged.
     """
+    if mode is not None:
+        _check_choice("mode", mode, ("dense",))
     targets = _targets(model)
-    state = load(path)
+    with SkfFile(path) as file:
+        factorized = {} if mode == "dense" else _factorized_tensors(file)
+        state = _state_dict(file)
     if strict:
         _check_names(targets, state)
     common = [name for name in targets if name in state]
@@ -224,10 +306,40 @@ def load_into(model: nn.Module, path: str | PathLike, strict: bool = True) -> nn
     if wrong:
         raise ValueError(f"{len(wrong)} tensors differ in shape or dtype: {_some(wrong, '; ')}")
     _check_ties(targets, state, common)
+    replacements = _replacements_of_file(model, factorized)
+    replaced = {id(layer.weight) for replacement in replacements for layer in replacement.layers}
+    replace_layers(model, replacements)
     with torch.no_grad():
         for name in common:
-            targets[name].copy_(state[name])
+            if id(targets[name]) not in replaced:
+                targets[name].copy_(state[name])
     return model
+
+
+def _factorized_tensors(file: SkfFile) -> dict[str, CompressedTensor]:
+    """Tensors whose layers run factorised, by name; FormatError where the file's list of them is damaged."""
+    names = file.metadata.get(FACTORIZED, [])
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise FormatError(f"metadata {FACTORIZED!r} must be a list of names, got {names!r:.120}")
+    for name in names:
+        if name not in file.names or file.entry(name)["kind"] != "compressed":
+            raise FormatError(f"metadata {FACTORIZED!r} names {name!r:.120}, which is no compressed tensor of the file")
+    return {name: file.read(name) for name in names}
+
+
+def _replacements_of_file(model: nn.Module, tensors: Mapping[str, CompressedTensor]) -> list[Replacement]:
+    """Chains for the layers of a fresh network; names that it does not have are left out."""
+    if not tensors:
+        return []
+    network = entries_of_module(model)
+    known = {network.names[name]: tensor for name, tensor in tensors.items() if name in network.names}
+    replacements = plan_replacements(model, network, known)
+    for replacement in replacements:
+        if not replacement.layers:
+            record = replacement.record
+            raise LayerError(f"layer {record.layer!r} cannot run factorised, as the file has it: {record.reason}; "
+                             "mode='dense' loads the dense weight")
+    return replacements
 
 
 def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -241,6 +353,8 @@ def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
             raise LayerError(f"{name} is not initialised yet; run one forward pass before loading")
         if value.is_meta:
             raise LayerError(f"{name} is on the meta device; call model.to_empty(device=...) before loading")
+        if value.is_inference() and not torch.is_inference_mode_enabled():
+            raise LayerError(f"{name} was made in inference mode and cannot be written to outside of it")
     return targets
 
 

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from skfactor.bridge.calibrate import evaluation, hooked
 from skfactor.bridge.layers import LayerSpec
 
-__all__ = ["fold_batch_norm", "normalisation_after"]
+__all__ = ["fold_batch_norm", "leaves", "normalisation_after"]
 
 
 def normalisation_after(model: nn.Module, layers: Iterable[nn.Module], args: tuple,
@@ -98,15 +98,16 @@ def _fold(layer: nn.Module, spec: LayerSpec, norm: nn.Module) -> None:
 
 def _flat(output: Any) -> list[torch.Tensor]:
     """Floating-point tensors of a network's output, whatever holds them."""
-    return [t for t in _leaves(output) if t.is_floating_point() and t.numel()]
+    return [t for t in leaves(output) if t.is_floating_point() and t.numel()]
 
 
-def _leaves(output: Any) -> Iterator[torch.Tensor]:
+def leaves(output: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested tuples, lists and mappings: arguments or output of a network."""
     if isinstance(output, torch.Tensor):
         yield output
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from _leaves(value)
+            yield from leaves(value)
     elif isinstance(output, (tuple, list)):
         for value in output:
-            yield from _leaves(value)
+            yield from leaves(value)

@@ -14,12 +14,15 @@ from skfactor.bridge.fitting import Fitted, Job, TensorRecord, fit_jobs, raw_rec
 from skfactor.bridge.rules import Plan, TensorEntry
 from skfactor.codec.container import SkfWriter
 from skfactor.codec.tensor import CompressedTensor, RawTensor
-from skfactor.report import Report
+from skfactor.report import LayerExecution, NetworkCost, Report
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CompressionResult", "Source", "assemble", "compress_source"]
+__all__ = ["FACTORIZED", "CompressionResult", "Source", "assemble", "compress_source"]
+
+#: Key of a file's metadata: names of the tensors whose layers run factorised.
+FACTORIZED = "skfactor.factorized"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class CompressionResult:
     Attributes
     ----------
     model : Module or None
-        Deep copy of the network with the reconstructed weights; None when a state dict or a file was given.
+        Deep copy of the network with the reconstructed weights, or with factorised layers in the place of those that
+        `executions` names; None when a state dict or a file was given.
     tensors : dict of str to CompressedTensor or RawTensor
         What is stored, once for each tied tensor.
     names : dict of str to str
@@ -65,6 +69,10 @@ class CompressionResult:
         Facts of every tensor, in the order of `tensors`.
     uncalibrated : dict of str to str
         Compressed tensors for which the calibration gave nothing, with the reason; empty without calibration.
+    executions : list of LayerExecution
+        How every compressed tensor's layer runs and why; empty with `mode="dense"`.
+    cost : NetworkCost or None
+        What one forward pass costs, before and after; None until it is measured.
     """
 
     tensors: dict[str, CompressedTensor | RawTensor]
@@ -74,6 +82,8 @@ class CompressionResult:
     records: list[TensorRecord]
     model: torch.nn.Module | None = None
     uncalibrated: dict[str, str] = field(default_factory=dict)
+    executions: list[LayerExecution] = field(default_factory=list)
+    cost: NetworkCost | None = None
 
     @property
     def ties(self) -> dict[str, str]:
@@ -86,11 +96,38 @@ class CompressionResult:
         return Report.from_result(self)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Reconstructed tensors by name, on the CPU, the bits that a saved file gives; tied names share one tensor."""
+        """Reconstructed tensors by name, on the CPU, the bits that a saved file gives; tied names share one tensor.
+
+        They are those of the original network, dense, whatever `mode` was; the factors of a factorised network are in
+        `result.model.state_dict()`.
+        """
         from skfactor.bridge.tensors import from_bits
 
         first = {name: from_bits(t.to_array(), t.dtype) for name, t in self.tensors.items()}
         return {name: first[stored] for name, stored in self.names.items()}
+
+    def measure(self, example_inputs: Any) -> NetworkCost:
+        """Measure one forward pass on this machine, dense and as `model` is, and keep it for the report.
+
+        Parameters
+        ----------
+        example_inputs : tensor, tuple, dict or loader
+            A tensor, a tuple of positional or a dict of keyword arguments of one forward pass; of anything else the
+            first batch.
+
+        Returns
+        -------
+        cost : NetworkCost
+        """
+        if self.model is None:
+            raise ValueError("measure runs the network: compress the module, not its state dict or file")
+        from skfactor.bridge.cost import measure_cost
+        from skfactor.bridge.latency import example_batch
+        from skfactor.bridge.modules import dense_copy
+
+        batch = example_batch(self.model, example_inputs, None, "measure")
+        self.cost = measure_cost(dense_copy(self.model), self.model, batch)
+        return self.cost
 
     def save(self, path: str | PathLike, metadata: dict[str, Any] | None = None) -> str | PathLike:
         """Write the file and return its path; a file already there is replaced only once the new one is complete.
@@ -100,7 +137,16 @@ class CompressionResult:
         path : str or PathLike
         metadata : dict, default=None
             JSON values, stored beside the tensors.
+
+        Notes
+        -----
+        A file holds codes and decoders once, for dense and for factorised layers; which layers run factorised is a
+        list of names in its metadata.
         """
+        if metadata is not None and FACTORIZED in metadata:
+            raise ValueError(f"metadata must not have the key {FACTORIZED!r}, which skfactor uses")
+        if names := [e.tensor for e in self.executions if e.execution == "factorized"]:
+            metadata = (metadata or {}) | {FACTORIZED: names}
         with SkfWriter(path, metadata=metadata) as writer:
             for name, stored in self.names.items():
                 if name == stored:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from skfactor.report.execution import LayerExecution, NetworkCost, execution_cells, execution_footnotes
 from skfactor.report.files import TensorFile
 from skfactor.report.rows import TensorReport, tensor_report
 from skfactor.report.tables import (
@@ -47,6 +48,10 @@ class Report:
     source : {"file", "encoded"}
         Whether sizes are those of a file on disk or come from really encoding what has no file yet.
     path : str or None
+    layers : tuple of LayerExecution
+        How the compressed layers run; empty where all run as they did.
+    cost : NetworkCost or None
+        Parameters, multiplications and latency of one forward pass, where they were measured.
     """
 
     def __init__(
@@ -57,12 +62,16 @@ class Report:
         ties: Mapping[str, str] | None = None,
         source: str = "encoded",
         path: str | None = None,
+        layers: Iterable[LayerExecution] = (),
+        cost: NetworkCost | None = None,
     ):
         self.rows = tuple(rows)
         self.overhead = int(overhead)
         self.ties = dict(ties or {})
         self.source = source
         self.path = path
+        self.layers = tuple(layers)
+        self.cost = cost
 
     @classmethod
     def from_file(
@@ -122,7 +131,8 @@ class Report:
             path = os.path.join(folder, "result.skf")
             result.save(path)
             written = cls.from_file(path, records=result.records, detail=detail)
-        return cls(written.rows, overhead=written.overhead, ties=written.ties)
+        return cls(written.rows, overhead=written.overhead, ties=written.ties, layers=result.executions,
+                   cost=result.cost)
 
     @property
     def total(self) -> dict[str, Any]:
@@ -159,6 +169,8 @@ class Report:
             "overhead_bytes": self.overhead,
             "ties": self.ties,
             "total": total | {"relative_error": finite_or_none(total["relative_error"])},
+            "layers": [layer.to_dict() for layer in self.layers],
+            "cost": None if self.cost is None else self.cost.to_dict(),
         }
 
     @staticmethod
@@ -190,7 +202,8 @@ class Report:
     def to_frame(self):
         """One row per tensor and one for the overhead as a `pandas.DataFrame` indexed by name.
 
-        The column `bytes_after` sums to the size of the file.
+        The column `bytes_after` sums to the size of the file. Where layers run factorised, columns tell how; the cost
+        of the whole network, where it was measured, is in `frame.attrs["cost"]`.
         """
         try:
             import pandas as pd
@@ -203,7 +216,14 @@ class Report:
             "name": "(overhead)", "parameters": 0, "bytes_before": 0, "bytes_after": self.overhead,
             "share": self.overhead / total_bytes if total_bytes else None,
         }
-        return pd.DataFrame([*rows, overhead]).set_index("name")
+        if self.layers:
+            runs = {layer.tensor: layer.to_dict() for layer in self.layers}
+            rows = [row | {key: value for key, value in runs.get(row["name"], {}).items() if key != "tensor"}
+                    for row in rows]
+        frame = pd.DataFrame([*rows, overhead]).set_index("name")
+        if self.cost is not None:
+            frame.attrs["cost"] = self.cost.to_dict()
+        return frame
 
     def to_html(self, path: str | os.PathLike | None = None) -> str:
         """A whole HTML page with the table, also written to `path` where one is given."""
@@ -217,8 +237,15 @@ class Report:
         return written(page, path)
 
     def _repr_html_(self) -> str:
-        header, lines = self._cells()
-        return html_table(header, lines, self._footnotes())
+        return "\n".join(html_table(*table) for table in self._tables())
+
+    def _tables(self):
+        """(header, lines, footnotes) of the table of sizes and, where there are any, of layers and of the cost."""
+        yield *self._cells(), self._footnotes()
+        if self.layers:
+            yield *execution_cells(self.layers), execution_footnotes(self.layers)
+        if self.cost is not None:
+            yield *self.cost.cells(), self.cost.footnotes()
 
     def to_text(self, columns: Iterable[str] | None = None) -> str:
         """The aligned table that `print` shows, without its footnotes; `columns` selects by title."""
@@ -233,7 +260,7 @@ class Report:
         return text_table(header, lines)
 
     def __str__(self) -> str:
-        return "\n".join([self.to_text(), *self._footnotes()])
+        return "\n\n".join("\n".join([text_table(header, lines), *notes]) for header, lines, notes in self._tables())
 
     def __repr__(self) -> str:
         total = self.total

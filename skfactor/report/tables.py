@@ -10,7 +10,7 @@ __all__ = ["error_text", "finite_or_none", "html_table", "kappa_text", "number",
            "text_table", "written"]
 
 #: titles of columns of text; figures are aligned to the right
-_LEFT = ("tensor", "shape", "method", "coder", "result")
+_LEFT = ("tensor", "shape", "method", "coder", "result", "layer", "runs", "input", "as", "one forward pass")
 
 
 def percent(fraction):

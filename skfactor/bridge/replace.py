@@ -1,0 +1,229 @@
+"""Which layers of a network run factorised: all are built and checked before the first one is replaced."""
+# SPDX-License-Identifier: BSD-3-Clause
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from skfactor.bridge.factors import Factor, LayerShape, NoSmallerModule, factors_of
+from skfactor.bridge.latency import LayerInputs, describe, inputs_of_layers, layer_latencies
+from skfactor.bridge.layers import Network, unwrap
+from skfactor.bridge.modules import (
+    FactorizedLayer,
+    composed_weight,
+    factorized_layer,
+    layer_shape,
+    replacement_class,
+)
+from skfactor.bridge.rules import TensorEntry
+from skfactor.codec.tensor import CompressedTensor
+from skfactor.exceptions import LayerError
+from skfactor.report import LayerExecution
+
+__all__ = ["Replacement", "check_replaceable", "keep_faster", "plan_replacements", "replace_layers"]
+
+#: Largest difference of a chain from the decoded weight before its factors are rounded, relative to the largest weight.
+CHAIN_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What one stored weight becomes.
+
+    Attributes
+    ----------
+    record : LayerExecution
+    layers : list of Module
+        The layers that have this weight; empty where they stay dense.
+    chains : list of FactorizedLayer
+        One for each layer; where there are several, their factors are the same parameters.
+    """
+
+    record: LayerExecution
+    layers: list[nn.Module]
+    chains: list[FactorizedLayer]
+
+    def dense_because(self, reason: str) -> Replacement:
+        """The same with the layers as they are."""
+        return Replacement(replace(self.record, execution="dense", reason=reason), [], [])
+
+
+def check_replaceable(model: nn.Module) -> None:
+    """LayerError for a network whose layers cannot be replaced."""
+    if isinstance(unwrap(model), torch.jit.ScriptModule):
+        raise LayerError("the layers of a TorchScript network cannot be replaced: compress the network before "
+                         "torch.jit.script")
+
+
+def plan_replacements(model: nn.Module, network: Network,
+                      tensors: Mapping[str, CompressedTensor]) -> list[Replacement]:
+    """Chains of smaller layers where there are any, and for the other layers the reason why they stay dense.
+
+    Parameters
+    ----------
+    model : Module
+        Not changed.
+    network : Network
+        Of `model`.
+    tensors : dict of str to CompressedTensor
+        What is stored, by name of the entry.
+
+    Raises
+    ------
+    LayerError
+        A chain that does not compose to the decoded weight, or a network whose layers cannot be replaced.
+    """
+    check_replaceable(model)
+    places = _places(model)
+    entries = {entry.name: entry for entry in network.entries}
+    return [_planned(entries[name], network, tensor, places) for name, tensor in tensors.items()]
+
+
+def _planned(entry: TensorEntry, network: Network, tensor: CompressedTensor, places: _Places) -> Replacement:
+    names = ", ".join(alias.owner or alias.name for alias in entry.aliases)
+    record = LayerExecution(names, entry.name, "dense", parameters_dense=math.prod(entry.shape))
+    try:
+        layers = _replaceable_layers(entry, network, places)
+        factors = factors_of(tensor, _common_shape(layers, tensor))
+        chains = _chains(layers, factors)
+    except NoSmallerModule as reason:
+        return Replacement(replace(record, reason=str(reason)), [], [])
+    _check_chain(factors, tensor, entry)
+    n_weights = sum(module.weight.numel() for module in chains[0])
+    record = replace(record, execution="factorized", modules=_text(chains[0]), parameters_factorized=n_weights)
+    plan = Replacement(record, layers, chains)
+    if n_weights >= record.parameters_dense:
+        return plan.dense_because(f"the chain would have {n_weights:,} weights, no fewer than the dense layer")
+    return plan
+
+
+_Places = dict[nn.Module, list[tuple[str, nn.Module]]]
+
+
+def _places(model: nn.Module) -> _Places:
+    """Every module with the paths under which it is found, and the parent there."""
+    root = unwrap(model)
+    places: _Places = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append((path, root.get_submodule(path.rpartition(".")[0])))
+    return places
+
+
+def _replaceable_layers(entry: TensorEntry, network: Network, places: _Places) -> list[nn.Module]:
+    """The layers that have a weight; NoSmallerModule where one of them cannot be another module."""
+    owners = network.owners[entry.name]
+    if not owners or any(alias.role != "weight" for alias in entry.aliases):
+        raise NoSmallerModule("not the weight of a layer alone")
+    for layer, spec in owners:
+        if spec.parameter != "weight":
+            raise NoSmallerModule(f"{spec.parameter} belongs to a layer that does more")
+        for path, parent in places[layer]:
+            if not path:
+                raise NoSmallerModule("the network is this one layer")
+            if parent is not layer and isinstance(getattr(parent, "_orig_mod", None), nn.Module):
+                raise NoSmallerModule("torch.compile wraps the layer itself")
+    return [layer for layer, _ in owners]
+
+
+def _common_shape(layers: list[nn.Module], tensor: CompressedTensor) -> LayerShape:
+    """Shape of the weight as all of its layers see it; NoSmallerModule where they differ."""
+    kinds = {replacement_class(layer) for layer in layers}
+    shapes = {layer_shape(layer) for layer in layers}
+    if len(kinds) > 1 or len(shapes) > 1:
+        names = " and ".join(sorted({type(layer).__name__ for layer in layers}))
+        raise NoSmallerModule(f"tied between layers ({names}) that cannot share factors")
+    (shape,) = shapes
+    if (tensor.layout.n_rows, tensor.layout.kernel_shape) != (shape.n_rows, shape.kernel_shape):
+        raise NoSmallerModule("its weight is stored as other rows")
+    return shape
+
+
+def _chains(layers: list[nn.Module], factors: list[Factor]) -> list[FactorizedLayer]:
+    """One chain for each layer of a weight; tied layers stay tied, factor by factor."""
+    first, *others = (factorized_layer(layer, factors) for layer in layers)
+    for other in others:
+        for module, tied_to in zip(other, first, strict=True):
+            module.weight = tied_to.weight
+    return [first, *others]
+
+
+def _check_chain(factors: list[Factor], tensor: CompressedTensor, entry: TensorEntry) -> None:
+    """LayerError unless the chain composes to the decoded weight: a mistake in a builder must not go unnoticed."""
+    W = tensor.to_matrix()
+    chain = composed_weight(factors)
+    who = f"{entry.label}: the chain of {' | '.join(type(decoder).__name__ for decoder in tensor.decoders)}"
+    if chain.shape != (len(W), *tensor.layout.kernel_shape):
+        raise LayerError(f"{who} composes to a weight of shape {chain.shape}, "
+                         f"expected {(len(W), *tensor.layout.kernel_shape)}")
+    allowed = CHAIN_TOLERANCE * np.abs(W).max()
+    error = np.abs(chain.reshape(W.shape) - W).max()
+    if not error <= allowed:
+        raise LayerError(f"{who} differs from the decoded weight by {error:.3g}, allowed {allowed:.3g}")
+
+
+def _text(chain: FactorizedLayer) -> str:
+    """The modules on one line: "Conv2d 64>16 3x3, Conv2d 16>64 1x1"."""
+    return ", ".join(map(_module_text, chain))
+
+
+def _module_text(module: nn.Module) -> str:
+    name = type(module).__name__
+    if isinstance(module, nn.Embedding):
+        return f"{name} {module.num_embeddings}x{module.embedding_dim}"
+    if isinstance(module, nn.Linear):
+        return f"{name} {module.in_features}>{module.out_features}"
+    groups = f" groups={module.groups}" if module.groups > 1 else ""
+    return f"{name} {module.in_channels}>{module.out_channels} {'x'.join(map(str, module.kernel_size))}{groups}"
+
+
+def keep_faster(model: nn.Module, plans: list[Replacement], batch: tuple[tuple, dict]) -> list[Replacement]:
+    """The same plans with those layers dense whose chain is not faster for the inputs that they get.
+
+    Parameters
+    ----------
+    model : Module
+        With its dense layers; runs once, in eval mode.
+    plans : list of Replacement
+        From `plan_replacements`.
+    batch : (args, kwargs)
+        One forward pass.
+    """
+    seen = inputs_of_layers(model, (layer for plan in plans for layer in plan.layers), batch)
+    return [_faster(plan, seen) if plan.layers else plan for plan in plans]
+
+
+def _faster(plan: Replacement, seen: Mapping[nn.Module, Mapping[LayerInputs, int]]) -> Replacement:
+    dense = chained = 0.0
+    for layer, chain in zip(plan.layers, plan.chains, strict=True):
+        times = layer_latencies([layer, chain], seen.get(layer, {}))
+        dense, chained = dense + times[0], chained + times[1]
+    kinds = list(dict.fromkeys(kind for layer in plan.layers for kind in seen.get(layer, ())))
+    if not kinds:
+        return plan.dense_because("the example inputs do not call it (something else may read its weight)")
+    texts = [text for kind in kinds for text in describe(kind.tensor())]
+    record = replace(plan.record, seconds_dense=dense, seconds_factorized=chained, inputs=" and ".join(texts),
+                     threads=torch.get_num_threads(), device=str(kinds[0].device))
+    plan = replace(plan, record=record)
+    return plan if chained < dense else plan.dense_because("the dense layer is faster")
+
+
+def replace_layers(model: nn.Module, plans: Iterable[Replacement]) -> None:
+    """Put the chains in place of the layers, everywhere they are; all of them or, after an error, none."""
+    root, places = unwrap(model), _places(model)
+    done: list[tuple[str, nn.Module]] = []
+    try:
+        for plan in plans:
+            for layer, chain in zip(plan.layers, plan.chains, strict=True):
+                for path, _ in places[layer]:
+                    done.append((path, layer))
+                    root.set_submodule(path, chain)
+    except BaseException:
+        for path, layer in reversed(done):
+            root.set_submodule(path, layer)
+        raise
