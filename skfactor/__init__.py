@@ -22,6 +22,7 @@ _MODULE_OF = {
     "LowRankFactorizer": "skfactor.estimators",
     "MantissaRounder": "skfactor.estimators",
     "Report": "skfactor.report",
+    "SeparableFactorizer": "skfactor.estimators",
     "SkfactorError": "skfactor.exceptions",
     "UniformQuantizer": "skfactor.estimators",
     "allocate": "skfactor.bridge",

@@ -25,6 +25,7 @@ METHODS = {
     "kmeans": "KMeansWeightSharer",
     "lowrank": "LowRankFactorizer",
     "round": "MantissaRounder",
+    "separable": "SeparableFactorizer",
     "uniform": "UniformQuantizer",
 }
 

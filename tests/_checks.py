@@ -154,12 +154,14 @@ def check_degenerate(case):
         estimator = quiet_fit(clone(case.estimator).set_params(**params), X)
         np.testing.assert_allclose(reconstruct(estimator, X), X, rtol=1e-6, atol=case.rounding * np.abs(X).max())
         assert np.isfinite(estimator.score(X))
-    for X in (weights_matrix()[:1], weights_matrix()[:, :8][:3]):
+    small = [weights_matrix()[:1]]
+    if getattr(case.estimator, "kernel_shape", None) is None and getattr(case.estimator, "tensor_shape", None) is None:
+        small.append(weights_matrix()[:3, :8])
+        if getattr(case.estimator, "vector_size", 1) == 1:
+            small.append(weights_matrix()[:, :1])
+    for X in small:
         estimator = quiet_fit(clone(case.estimator), X)
         assert reconstruct(estimator, X).shape == X.shape
-    if getattr(case.estimator, "vector_size", 1) == 1:
-        column = weights_matrix()[:, :1]
-        assert reconstruct(quiet_fit(clone(case.estimator), column), column).shape == column.shape
 
 
 def check_refit(case):

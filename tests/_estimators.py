@@ -4,7 +4,14 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from skfactor import AutoencoderCompressor, KMeansWeightSharer, LowRankFactorizer, MantissaRounder, UniformQuantizer
+from skfactor import (
+    AutoencoderCompressor,
+    KMeansWeightSharer,
+    LowRankFactorizer,
+    MantissaRounder,
+    SeparableFactorizer,
+    UniformQuantizer,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,11 @@ CASES = [
     Case(MantissaRounder(), budget=("n_bits", (1, 2, 4, 8)), full={"n_bits": 53}),
     Case(LowRankFactorizer(rank=4), budget=("rank", (1, 2, 4, 8)), full={"rank": None}, rounding=1e-6),
     Case(LowRankFactorizer(energy=0.9), budget=("energy", (0.3, 0.5, 0.8, 0.95)), full={"energy": 1.0}, rounding=1e-6),
+    Case(SeparableFactorizer(rank=4), budget=("rank", (1, 2, 4, 8)), full={"rank": 100}, rounding=1e-6),
+    Case(SeparableFactorizer(rank=3, kernel_shape=(2, 4, 2)), budget=("rank", (1, 2, 4, 8)), full={"rank": 100},
+         rounding=1e-6, sklearn=False),
+    Case(SeparableFactorizer(rank=2, kernel_shape=(4, 2, 2), kind="depthwise"), budget=("rank", (1, 2, 3, 4)),
+         full={"rank": 100}, rounding=1e-6, sklearn=False),
     Case(AutoencoderCompressor((16,), 3, max_iter=50, random_state=0), budget=("latent_dim", (1, 2, 4, 8)), full=None,
          optimal=False),
     Case(AutoencoderCompressor((), 3, activation="identity", max_iter=20, random_state=0),
@@ -59,4 +71,7 @@ CASES = [
          budget=("latent_dim", (1, 2, 4)), full=None, sklearn=False, optimal=False),
     Case(AutoencoderCompressor((8,), 2, activation="logistic", early_stopping=True, max_iter=20, random_state=0),
          budget=("latent_dim", (1, 8)), full=None, sklearn=False, optimal=False),
+         rounding=1e-6),
+         full={"n_blocks": 1, "rank": None}, rounding=1e-6),
+         full={"rank": None}, rounding=1e-6),
 ]

@@ -19,6 +19,7 @@ PUBLIC = {
     "LowRankFactorizer",
     "MantissaRounder",
     "Report",
+    "SeparableFactorizer",
     "SkfactorError",
     "UniformQuantizer",
     "__version__",

@@ -10,6 +10,7 @@ from skfactor.estimators.base import BaseCompressor, compressed_tensor, decoder_
 from skfactor.estimators.kmeans_sharer import KMeansWeightSharer
 from skfactor.estimators.low_rank import LowRankFactorizer
 from skfactor.estimators.mantissa_rounder import MantissaRounder
+from skfactor.estimators.separable import SeparableFactorizer
 from skfactor.estimators.uniform_quantizer import UniformQuantizer
 
 # public name -> module that imports torch
@@ -21,6 +22,7 @@ __all__ = [
     "KMeansWeightSharer",
     "LowRankFactorizer",
     "MantissaRounder",
+    "SeparableFactorizer",
     "UniformQuantizer",
     "compressed_tensor",
     "decoder_chain",

@@ -17,7 +17,7 @@ __all__ = ["DAMPING", "Whitening", "apply_operators", "code_operators", "damped_
 DAMPING = 0.003  # of the gram, as a multiple of its mean diagonal: calibration data are few
 
 _BLOCK_ELEMENTS = 1 << 21  # of a block of rows that is held in float64
-_CG_STEPS = 25
+_CG_STEPS = 12
 
 
 class Whitening(NamedTuple):
@@ -211,7 +211,7 @@ def linear_codes(X, basis, gram=None, damping=DAMPING):
 
 
 def refit_basis(X, parameters, gram, *, expand=np.asarray, collapse=np.asarray, weights=None, damping=DAMPING,
-                n_rounds=4):
+                n_rounds=3):
     """Lower the output error of a basis whose structure leaves no closed form.
 
     Alternates the best codes C with better parameters θ of the basis ``B = expand(θ)`` for them: the normal equations
@@ -230,7 +230,7 @@ def refit_basis(X, parameters, gram, *, expand=np.asarray, collapse=np.asarray, 
     weights : ndarray of shape (n,), optional
         Row weights.
     damping : float, default=DAMPING
-    n_rounds : int, default=4
+    n_rounds : int, default=3
 
     Returns
     -------
