@@ -32,10 +32,11 @@ from torch import nn
 
 from skfactor.bridge.apply import compress, deep_copy, fold_into_layers, source_of
 from skfactor.bridge.assumed import ASSUMED, assumed_side, check_calibration_word
+from skfactor.bridge.balance import balance_layers, importance_of_rows
 from skfactor.bridge.batchnorm import normalisation_after
-from skfactor.bridge.calibrate import Calibration, Moments, collect_moments, model_batches, output_importance
+from skfactor.bridge.calibrate import Calibration, Moments, collect_moments, model_batches
 from skfactor.bridge.files import file_source
-from skfactor.bridge.layers import Network, entries_of_module, entries_of_state_dict
+from skfactor.bridge.layers import entries_of_module, entries_of_state_dict
 from skfactor.bridge.result import CompressionResult, Source, compress_source
 from skfactor.bridge.rules import TensorEntry, resolve_rules
 from skfactor.bridge.sequential import bias_carrier, covariance
@@ -50,8 +51,6 @@ __all__ = ["Allocation", "Method", "TensorFacts", "UniformSteps", "allocate"]
 
 TOLERANCE = 0.01
 MAX_EVALUATIONS = 8
-#: Above 1, unlikely classes count in the importance too: few examples of a confident network say little otherwise.
-TEMPERATURE = 10.0
 MAX_VECTORS = 8192
 #: Weights of a tensor that the estimate of its size looks at.
 SAMPLE = 1 << 16
@@ -206,7 +205,8 @@ def allocate(model: nn.Module | Mapping[str, torch.Tensor] | str | PathLike, *, 
     if not isinstance(model, nn.Module):
         raise ValueError("calibration runs the network: give the module, not its state dict or file")
     if not isinstance(calibration, Calibration):
-        calibration = Calibration(calibration, sequential=True, fold_batch_norm=True, max_vectors=MAX_VECTORS)
+        calibration = Calibration(calibration, sequential=True, fold_batch_norm=True, balance_rows=True,
+                                  max_vectors=MAX_VECTORS)
     return _search(_calibrated_problem(model, calibration, n_jobs, progress, random_state), budget)
 
 
@@ -265,7 +265,12 @@ def _calibrated_problem(model: nn.Module, calibration: Calibration, n_jobs: int 
     batches = list(model_batches(model, inputs))
     if calibration.fold_batch_norm:
         fold_into_layers(model, owners, batches[0])
-    importance = _importance(model, network, weights, inputs, random_state)
+    by_row = importance_of_rows(model, owners, batches, random_state)
+    if not any(r.any() for r in by_row.values()):
+        raise ValueError("the network's output does not depend on any layer that can be compressed")
+    if calibration.balance_rows:
+        by_row = balance_layers(model, owners, by_row, batches[0])
+    importance = {name: float(r.mean()) for name, r in by_row.items()}
     moments = _moments(model, owners, batches, calibration)
     side = {e.name: moments.side(e.name) for e in weights}
 
@@ -277,7 +282,7 @@ def _calibrated_problem(model: nn.Module, calibration: Calibration, n_jobs: int 
         plan = resolve_rules(rules, source.entries)
         return compress_source(source, plan, side=lambda e: side.get(e.name, {}), n_jobs=n_jobs, progress=progress)
 
-    final = replace(calibration, inputs=inputs, fold_batch_norm=False)
+    final = replace(calibration, inputs=inputs, fold_batch_norm=False, balance_rows=False)
     return _Problem(
         [_facts(entry, source, sensitivity(entry)) for entry in weights], UniformSteps(entropy_weight=0.1),
         _vectors(source), _n_bytes(source),
@@ -290,18 +295,6 @@ def _reusable(inputs: Any) -> Any:
     """Calibration inputs that can be iterated more than once and are the same each time."""
     whole = (torch.Tensor, np.ndarray, tuple, Mapping, str, bytes)
     return list(inputs) if isinstance(inputs, Iterable) and not isinstance(inputs, whole) else inputs
-
-
-def _importance(model, network: Network, weights: list[TensorEntry], inputs, random_state: int) -> dict[str, float]:
-    """B of each tensor: mean over the output channels of its layers, summed over the layers that share it."""
-    modules = {f"{e.name}\n{i}": m for e in weights for i, (m, _) in enumerate(network.owners[e.name])}
-    found = output_importance(model, modules, inputs, temperature=TEMPERATURE, random_state=random_state)
-    if not any(r.any() for r in found.values()):
-        raise ValueError("the network's output does not depend on any layer that can be compressed")
-    total: dict[str, float] = dict.fromkeys((e.name for e in weights), 0.0)
-    for key, r in found.items():
-        total[key.partition("\n")[0]] += float(r.mean())
-    return total
 
 
 def _moments(model, owners, batches, calibration: Calibration) -> Moments:

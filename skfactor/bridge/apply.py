@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from skfactor.bridge.assumed import ASSUMED, assumed_side, check_calibration_word, not_assumed
+from skfactor.bridge.balance import balance_layers, importance_of_rows
 from skfactor.bridge.batchnorm import fold_batch_norm
 from skfactor.bridge.calibrate import Calibration, collect_moments, kind_of_inputs, model_batches
 from skfactor.bridge.cost import measure_cost
@@ -190,6 +191,8 @@ def _compress_calibrated(model, network, plan, calibration, n_jobs, progress) ->
         batches = list(batches)
     if calibration.fold_batch_norm:
         fold_into_layers(model, owners, batches[0])
+    if calibration.balance_rows:
+        balance_layers(model, owners, importance_of_rows(model, owners, batches), batches[0])
     if not calibration.sequential:
         moments = collect_moments(model, owners, batches, calibration.max_vectors)
         result = compress_source(source_of(network), plan, side=lambda e: moments.side(e.name), n_jobs=n_jobs,

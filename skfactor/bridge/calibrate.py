@@ -51,6 +51,10 @@ class Calibration:
     fold_batch_norm : bool, default=False
         First move batch normalisations into the layers before them (`skfactor.bridge.batchnorm`): the same function,
         and rows of a weight are then as large as what they contribute. Weights, biases and statistics change.
+    balance_rows : bool, default=False
+        With `fold_batch_norm`: scale the rows of a folded layer so that an error costs the network's output the same
+        in each, the normalisation undoing it; one step or codebook for the whole tensor then suits all its rows.
+        The network's output, or the first element or value of it, must be logits.
     max_vectors : int, default=None
         At most so many of the input vectors that one batch gives a layer enter its moments, picked at random with a
         fixed seed (an image gives a convolution as many vectors as the output has pixels). All when None.
@@ -59,7 +63,12 @@ class Calibration:
     inputs: Any
     sequential: bool = False
     fold_batch_norm: bool = False
+    balance_rows: bool = False
     max_vectors: int | None = None
+
+    def __post_init__(self):
+        if self.balance_rows and not self.fold_batch_norm:
+            raise ValueError("balance_rows=True needs fold_batch_norm=True, got False")
 
 
 @dataclass
@@ -278,10 +287,17 @@ def output_importance(model: nn.Module, layers: Mapping[str, nn.Module], calibra
     importance : dict of str to ndarray of shape (n_channels,)
         Layers that no batch reached are left out.
     """
+    return importance_of_batches(model, layers, model_batches(model, calibration), temperature=temperature,
+                                 random_state=random_state)
+
+
+def importance_of_batches(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[tuple[tuple, dict]], *,
+                          temperature: float = 1.0, random_state: int = 0) -> dict[str, np.ndarray]:
+    """`output_importance` for forward passes given as (args, kwargs)."""
     generator = torch.Generator().manual_seed(random_state)
     sums: dict[str, torch.Tensor] = {}
     n_examples = 0
-    for args, kwargs in model_batches(model, calibration):
+    for args, kwargs in batches:
         seen: list[tuple[str, torch.Tensor]] = []
         hooks = [(module, partial(_remember_output, seen, name), "after") for name, module in layers.items()]
         with evaluation(model), hooked(hooks), torch.enable_grad():

@@ -87,7 +87,8 @@ def test_network_is_untouched_and_the_file_gives_the_result(net, allocation, tmp
 
 def test_rules_give_the_result_again(net, allocation):
     """The settings found are plain rules; calibrated the same way they give the same tensors."""
-    calibration = Calibration(randn(200, 3, 8, 8), sequential=True, fold_batch_norm=True, max_vectors=8192)
+    calibration = Calibration(randn(200, 3, 8, 8), sequential=True, fold_batch_norm=True, balance_rows=True,
+                              max_vectors=8192)
     result = skfactor.compress(net, allocation.rules, calibration=calibration, progress=False)
     found = allocation.result.state_dict()
     for name, value in result.state_dict().items():
@@ -99,7 +100,7 @@ def test_bytes_go_where_the_output_needs_them(net, allocation):
     """Less KL than one relative step for all layers at the same size, both fitted to the same inputs."""
     steps = {n: rule.step for n, rule in allocation.rules.items() if isinstance(rule, UniformQuantizer)}
     assert steps["weak.weight"] > 10 * steps["strong.weight"]
-    calibration = Calibration(randn(200, 3, 8, 8), sequential=True, fold_batch_norm=True)
+    calibration = Calibration(randn(200, 3, 8, 8), sequential=True, fold_batch_norm=True, balance_rows=True)
     rules = {name: rule for name, rule in allocation.rules.items() if name not in steps}
     for step in (0.4, 0.6, 0.8, 1.0, 1.2, 1.4):
         even = skfactor.compress(net, rules | {"*": UniformQuantizer(step)}, calibration=calibration, progress=False)

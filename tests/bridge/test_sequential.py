@@ -12,7 +12,9 @@ from torch import nn
 import skfactor
 from skfactor import KMeansWeightSharer
 from skfactor.bridge import Calibration, output_importance
+from skfactor.bridge.balance import balance_rows
 from skfactor.bridge.batchnorm import fold_batch_norm, normalisation_after
+from skfactor.bridge.calibrate import output_importance
 from skfactor.bridge.layers import layer_specs
 from skfactor.estimators.base import BaseCompressor
 from tests._nets import SmallCNN, TinyLM
@@ -76,6 +78,28 @@ def test_fold_keeps_the_function_and_empties_the_normalisation(normalised):
         assert (norm.weight == 1).all()
         assert not norm.running_mean.any()
         torch.testing.assert_close(norm.running_var + norm.eps, torch.ones_like(norm.running_var))
+
+
+def test_balanced_rows_keep_the_function_and_count_the_same(normalised):
+    model, x = copy.deepcopy(normalised), randn(40, 3, 8, 8, dtype=torch.float64)
+    specs = dict(layers_of(model))
+    fold_batch_norm(model, specs.items(), (x,), {})
+    pairs = normalisation_after(model, specs, (x,), {})
+    layers = {str(i): layer for i, layer in enumerate(pairs)}
+    before, told = output_importance(model, layers, x), {}
+    for name, r in before.items():
+        layer = layers[name]
+        told[name] = balance_rows(layer, specs[layer], pairs[layer], r)
+        # 8 significant bits, so that the file keeps the scales as they are
+        mantissa, _ = np.frexp(pairs[layer].weight.detach().numpy())
+        assert (mantissa * 2**8 % 1 == 0).all()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), normalised(x), rtol=1e-9, atol=1e-11)
+    for name, r in output_importance(model, layers, x).items():
+        np.testing.assert_allclose(r, told[name], rtol=1e-9)
+        alive = before[name] > 0.01 * before[name].mean()
+        assert alive.sum() > 1
+        assert r[alive].max() <= 2 * r[alive].min()
 
 
 def test_fold_refuses_an_output_with_a_second_reader_and_skips_a_layer_that_runs_twice(normalised):
