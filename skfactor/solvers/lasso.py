@@ -6,22 +6,17 @@ where that fails too.
 """
 # SPDX-License-Identifier: BSD-3-Clause
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_array, issparse
-from threadpoolctl import ThreadpoolController
 
 from skfactor.solvers import _coordinate
 from skfactor.solvers._lasso_rows import Triples, prepare, solve_rows
+from skfactor.solvers._row_threads import row_map
 
-# Numbers of one dense block of codes, and rows from which a second thread pays.
+# Numbers of one dense block of codes.
 _BLOCK_NUMBERS = 1 << 22
-_ROWS_PER_THREAD = 4096
 
 
 class LassoCodes(NamedTuple):
@@ -254,8 +249,8 @@ def _solved(X, V, alpha, codes, options, n_threads):
         warm = None if codes is None else _warm(codes[rows], positive)
         return rows, solve_rows(prepared, X[rows], alpha[rows], warm, tol, max_iter)
 
-    with _threads(n_threads, n) as pool:
-        yield from map(run, blocks) if pool is None else pool.map(run, blocks)
+    with row_map(n_threads, n) as over:
+        yield from over(run, blocks)
 
 
 def _warm(codes, positive):
@@ -268,24 +263,6 @@ def _warm(codes, positive):
         values = codes[rows, atoms]
     kept = np.flatnonzero(values > 0 if positive else values != 0)
     return Triples(rows[kept], atoms[kept], values[kept].astype(np.float64), None, 0)
-
-
-@cache
-def _controller():
-    return ThreadpoolController()
-
-
-@contextmanager
-def _threads(n_threads, n_rows):
-    """A pool for `n_threads` threads with one BLAS thread in each, or None where one thread is enough."""
-    if n_threads is None:
-        n_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    n_threads = min(n_threads, n_rows // _ROWS_PER_THREAD)
-    if n_threads < 2:
-        yield None
-    else:
-        with _controller().limit(limits=1, user_api="blas"), ThreadPoolExecutor(n_threads) as pool:
-            yield pool
 
 
 def _check(X, V, alpha, codes, tol, max_iter):
