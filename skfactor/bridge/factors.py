@@ -17,6 +17,7 @@ import numpy as np
 from skfactor.codec.decoders import Decoder, IdentityDecoder
 from skfactor.codec.linear import LinearDecoder
 from skfactor.codec.matmul import matmul
+from skfactor.codec.separable import DepthwiseSeparableDecoder, SpatialSeparableDecoder
 from skfactor.codec.tensor import CompressedTensor
 from skfactor.codec.tensor_decoders import TuckerDecoder
 
@@ -195,3 +196,5 @@ def _times(array: np.ndarray, matrix: np.ndarray, axis: int) -> np.ndarray:
 
 register_module(LinearDecoder, lambda decoder, codes, shape: None)
 register_module(TuckerDecoder, _tucker)
+register_module(SpatialSeparableDecoder, _spatially_separable)
+register_module(DepthwiseSeparableDecoder, _depthwise_separable)
