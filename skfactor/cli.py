@@ -22,10 +22,14 @@ DEFAULT_RULE = "*=kmeans:n_clusters=32"
 
 #: name in a rule -> class in `skfactor.estimators`; a new estimator is one more line
 METHODS = {
+    "blockterm": "BlockTermFactorizer",
+    "htucker": "HierarchicalTuckerFactorizer",
     "kmeans": "KMeansWeightSharer",
     "lowrank": "LowRankFactorizer",
     "round": "MantissaRounder",
     "separable": "SeparableFactorizer",
+    "train": "TensorTrainFactorizer",
+    "tucker": "TuckerFactorizer",
     "uniform": "UniformQuantizer",
 }
 

@@ -6,10 +6,14 @@ from typing import Any
 
 from skfactor import (
     AutoencoderCompressor,
+    BlockTermFactorizer,
+    HierarchicalTuckerFactorizer,
     KMeansWeightSharer,
     LowRankFactorizer,
     MantissaRounder,
     SeparableFactorizer,
+    TensorTrainFactorizer,
+    TuckerFactorizer,
     UniformQuantizer,
 )
 
@@ -73,5 +77,15 @@ CASES = [
          budget=("latent_dim", (1, 8)), full=None, sklearn=False, optimal=False),
          rounding=1e-6),
          full={"n_blocks": 1, "rank": None}, rounding=1e-6),
+         full={"rank": None}, rounding=1e-6),
+    Case(TuckerFactorizer(rank=4), budget=("rank", (1, 2, 4, 8)), full={"rank": None}, rounding=1e-6),
+    Case(TuckerFactorizer(energy=0.9, modes="full"), budget=("energy", (0.3, 0.5, 0.8, 0.95)), full={"energy": 1.0},
+         rounding=1e-6),
+    Case(TensorTrainFactorizer(rank=3), budget=("rank", (1, 2, 3, 4)), full={"rank": None}, rounding=1e-6),
+    Case(TensorTrainFactorizer(tol=0.5), budget=("tol", (0.9, 0.7, 0.5, 0.1)), full={"tol": 0.0}, rounding=1e-6),
+    Case(BlockTermFactorizer(n_blocks=2, rank=2, max_iter=20), budget=("n_blocks", (1, 2, 3, 4)),
+         full={"n_blocks": 1, "rank": None}, rounding=1e-6),
+    Case(HierarchicalTuckerFactorizer(rank=3), budget=("rank", (1, 2, 3, 4)), full={"rank": None}, rounding=1e-6),
+    Case(HierarchicalTuckerFactorizer(rank=0.4), budget=("rank", (0.1, 0.2, 0.4, 0.8)),
          full={"rank": None}, rounding=1e-6),
 ]

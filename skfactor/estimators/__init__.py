@@ -7,10 +7,14 @@ Those that are trained with torch are imported when first used.
 import importlib
 
 from skfactor.estimators.base import BaseCompressor, compressed_tensor, decoder_chain, fit_params
+from skfactor.estimators.block_term import BlockTermFactorizer
+from skfactor.estimators.hierarchical_tucker import HierarchicalTuckerFactorizer
 from skfactor.estimators.kmeans_sharer import KMeansWeightSharer
 from skfactor.estimators.low_rank import LowRankFactorizer
 from skfactor.estimators.mantissa_rounder import MantissaRounder
 from skfactor.estimators.separable import SeparableFactorizer
+from skfactor.estimators.tensor_train import TensorTrainFactorizer
+from skfactor.estimators.tucker import TuckerFactorizer
 from skfactor.estimators.uniform_quantizer import UniformQuantizer
 
 # public name -> module that imports torch
@@ -19,10 +23,14 @@ _TRAINED = {"AutoencoderCompressor": "skfactor.estimators.autoencoder"}
 __all__ = [
     "AutoencoderCompressor",
     "BaseCompressor",
+    "BlockTermFactorizer",
+    "HierarchicalTuckerFactorizer",
     "KMeansWeightSharer",
     "LowRankFactorizer",
     "MantissaRounder",
     "SeparableFactorizer",
+    "TensorTrainFactorizer",
+    "TuckerFactorizer",
     "UniformQuantizer",
     "compressed_tensor",
     "decoder_chain",

@@ -6,6 +6,9 @@ to an array (codes, column axes): the decoders of Tucker, tensor train, block-te
 B is linear in each operand, so ``tr((X - C B) G (X - C B)ᵀ)`` is a quadratic of each operand and of the codes.
 """
 
+import math
+from functools import lru_cache
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +16,8 @@ import numpy as np
 from skfactor.solvers._tensors import mode_product
 from skfactor.solvers.whitening import damped_grams, row_groups, whiten
 
-__all__ = ["MultilinearResult", "Network", "contract", "fit_networks", "refit_networks"]
+__all__ = ["MultilinearResult", "Network", "contract", "fit_networks", "principal_codes",
+           "refit_networks"]
 
 _CG_STEPS = 12  # most steps for one operand in one sweep
 _CG_TOL = 1e-2  # relative residual, in the norm of the preconditioner, at which they stop
@@ -85,23 +89,53 @@ def contract(networks):
 
 
 def _contracted(operands, labels, output):
-    array = np.einsum(f"{','.join(labels)}->{output}", *operands, optimize="greedy")
+    array = _einsum(labels, output, operands)
     return array.reshape(len(array), -1)
 
 
-def fit_networks(X, shape, decompose, *, gram=None, tol=1e-3, max_iter=20, callback=None):
-    """Decompose the rows of X as tensors of `shape`, then refit all operands for the output of the layer.
+def _einsum(labels, output, operands):
+    """Contraction of a tree: every letter belongs to two operands, or to one and the output."""
+    operands = list(operands)
+    pairs, order = _plan(tuple(labels), output, tuple(a.shape for a in operands))
+    for i, j, axes in pairs:
+        b, a = operands.pop(j), operands.pop(i)
+        operands.append(np.tensordot(a, b, axes))
+    return operands[0].transpose(order)
+
+
+@lru_cache(maxsize=4096)
+def _plan(labels, output, shapes):
+    """Pairs (i, j, axes to sum over) to contract, those first that take the least work; the order of the axes then."""
+    extents = {x: n for letters, shape in zip(labels, shapes) for x, n in zip(letters, shape)}
+    labels, pairs = list(labels), []
+    while len(labels) > 1:
+        def work(pair):
+            together = set(labels[pair[0]]) | set(labels[pair[1]])
+            return math.prod(extents[x] for x in together), pair
+
+        i, j = min(combinations(range(len(labels)), 2), key=work)
+        b, a = labels.pop(j), labels.pop(i)
+        shared = [x for x in a if x in b]
+        pairs.append((i, j, ([a.index(x) for x in shared], [b.index(x) for x in shared])))
+        labels.append("".join(x for x in a + b if x not in shared))
+    return pairs, [labels[0].index(x) for x in output]
+
+
+def fit_networks(X, shape, networks, decompose, *, gram=None, tol=1e-3, max_iter=20, callback=None):
+    """Refit a decomposition of the rows of X, as tensors of `shape`, for the output of the layer.
 
     With a gram, the work is done in coordinates in which it is near the identity: every column axis is multiplied by
     the root of the gram's partial trace over all others, which changes operands and not their structure. Where there
-    is one column axis this is the whole gram, and a decomposition that is optimal without a gram stays so with it.
-    The decomposition of X itself is tried as a start too, so that the result is never worse than its refit.
+    is one column axis this is the whole gram, and a decomposition that is optimal without a gram is so with it. It
+    starts from the decomposition in these coordinates or from the one given, whichever has the smaller error.
 
     Parameters
     ----------
     X : ndarray of shape (n, d), float64
     shape : tuple of int
         Column axes; their product is d.
+    networks : sequence of Network
+        Decomposition of X itself.
     decompose : callable
         ``decompose(T) -> sequence of Network`` for a tensor (n, *shape).
     gram : ndarray of shape (g, d, d), optional
@@ -112,16 +146,15 @@ def fit_networks(X, shape, decompose, *, gram=None, tol=1e-3, max_iter=20, callb
     -------
     result : MultilinearResult
     """
-    plain = tuple(decompose(X.reshape(-1, *shape)))
     if gram is None:
-        return refit_networks(X, plain, tol=tol, max_iter=max_iter, callback=callback)
+        return refit_networks(X, networks, tol=tol, max_iter=max_iter, callback=callback)
     grams = damped_grams(gram)
     scales = [whiten(partial, damping=0.0) for partial in _partial_traces(grams.mean(axis=0), shape)]
     # rows x R, gram R⁻¹ G R⁻ᵀ, with G near the Kronecker product of R Rᵀ
     roots, inverses = [w.root.T for w in scales], [w.inverse for w in scales]
     X = _scaled(X, shape, roots)
     grams = np.stack([_scaled(_scaled(G, shape, inverses).T, shape, inverses) for G in grams])
-    starts = [tuple(decompose(X.reshape(-1, *shape))), _scaled_networks(plain, roots)]
+    starts = [tuple(decompose(X.reshape(-1, *shape))), _scaled_networks(networks, roots)]
     data = _data(X, grams)
     start = min(starts, key=lambda networks: _best_codes(data, contract(networks))[1])
     result = _refit(data, start, tol, max_iter, callback)
@@ -153,6 +186,42 @@ def refit_networks(X, networks, *, gram=None, tol=1e-3, max_iter=20, callback=No
     result : MultilinearResult
     """
     return _refit(_data(X, [None] if gram is None else gram), tuple(networks), tol, max_iter, callback)
+
+
+def principal_codes(X, networks, gram=None):
+    """Networks of the same basis whose codes are uncorrelated and fall in size, each network for itself.
+
+    The rows of the basis become orthonormal in the metric of the damped gram, and the largest number of each positive:
+    codes that do not depend on how the basis was found.
+
+    Parameters
+    ----------
+    X : ndarray of shape (n, d), float64
+    networks : sequence of Network
+    gram : ndarray of shape (g, d, d), optional
+
+    Returns
+    -------
+    networks : tuple of Network
+    """
+    grams = [None] if gram is None else damped_grams(gram)
+    metric = None if gram is None else grams.mean(axis=0)
+    codes = np.vstack(_best_codes(_data(X, grams), contract(networks))[0])
+    found = []
+    for network, C in zip(networks, np.split(codes, np.cumsum([n.codes for n in networks])[:-1], axis=1)):
+        B = contract([network])
+        values, vectors = np.linalg.eigh((B if metric is None else B @ metric) @ B.T)
+        keep = values > 1e-14 * max(values[-1], 0.0)
+        roots = np.sqrt(np.where(keep, values, 1.0))
+        _, turned = np.linalg.eigh((vectors * roots).T @ (C.T @ C) @ (vectors * roots))
+        turn = turned[:, ::-1].T @ (vectors / roots).T  # rows of turn @ B are orthonormal, codes C turn⁻¹ uncorrelated
+        basis = turn @ B
+        largest = np.take_along_axis(basis, np.abs(basis).argmax(axis=1)[:, None], axis=1)
+        turn *= np.where(largest < 0, -1.0, 1.0)
+        place = next(i for i, labels in enumerate(network.labels) if network.output[0] in labels)
+        axis = network.labels[place].index(network.output[0])
+        found.append(_with_operand(network, place, mode_product(network.operands[place], turn, axis)))
+    return tuple(found)
 
 
 def _refit(data, networks, tol, max_iter, callback):
@@ -256,7 +325,7 @@ def _adjoint(network, place, W):
     """Gradient of <W, B> with respect to one operand."""
     operands = (W.reshape(network.shape), *network.operands[:place], *network.operands[place + 1 :])
     labels = (network.output, *network.labels[:place], *network.labels[place + 1 :])
-    return np.einsum(f"{','.join(labels)}->{network.labels[place]}", *operands, optimize="greedy")
+    return _einsum(labels, network.labels[place], operands)
 
 
 def _environments(network, place, S):
@@ -295,7 +364,7 @@ def _subtree_gram(network, place, bond, S):
         labels += [network.labels[i], "".join(x if x in columns else x.swapcase() for x in network.labels[i])]
     if network.output[0] in letters:
         operands, labels = [*operands, S], [*labels, network.output[0] + network.output[0].swapcase()]
-    return np.einsum(f"{','.join(labels)}->{bond}{bond.swapcase()}", *operands, optimize="greedy")
+    return _einsum(labels, bond + bond.swapcase(), operands)
 
 
 def _multiplied(array, matrices):
