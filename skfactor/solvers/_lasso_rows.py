@@ -66,6 +66,8 @@ def solve_rows(prepared, X, alpha, warm, tol, max_iter):
     half = 0.5 * np.einsum("ij,ij->i", X, X, dtype=np.float64)
     live = np.flatnonzero(half > 0)
     gap = np.zeros(len(X))
+    if len(live) == 0:
+        return Triples(live, live, np.zeros(0), gap, 0)
     precisions = _precisions(prepared, X, tol)
     if prepared.basis is not None:
         X = X.astype(np.float64) @ prepared.basis
