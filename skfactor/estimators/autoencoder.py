@@ -463,8 +463,9 @@ class _Trainer:
         self.optimizer = self._make_optimizer(optimizer)
         chunk = min(batch_size, _CHUNK_ROWS, self.n_rows)
         widths = [self.shapes[0][0], *(n_out for _, n_out in self.shapes)]
-        self.outputs, self.deltas = ([torch.empty((chunk, n), device=device) for n in widths] for _ in range(2))
-        self.ones = torch.ones(chunk, device=device)
+        single = {"dtype": torch.float32, "device": device}
+        self.outputs, self.deltas = ([torch.empty((chunk, n), **single) for n in widths] for _ in range(2))
+        self.ones = torch.ones(chunk, **single)
 
     def _views(self, vectors):
         """Matrices and bias vectors that share memory with the two flat vectors."""
@@ -599,18 +600,17 @@ def _standardised(rows, mean, scale):
 def _hold_out(n_rows, fraction, rng):
     """Numbers of the rows that are held out, ascending."""
     n_held = min(max(1, round(fraction * n_rows)), n_rows - 1)
-    if n_held < 1:
-        raise ValueError(f"early_stopping needs at least 2 distinct rows, got n_samples={n_rows}")
     return np.sort(rng.permutation(n_rows)[:n_held])
 
 
 def _generator(rng):
     """A torch generator seeded from a RandomState."""
-    return torch.Generator().manual_seed(int(rng.randint(np.iinfo(np.int32).max)))
+    return torch.Generator(device="cpu").manual_seed(int(rng.randint(np.iinfo(np.int32).max)))
 
 
 def _order(n_rows, shuffle, generator):
-    return torch.randperm(n_rows, generator=generator) if shuffle else torch.arange(n_rows)
+    # on the CPU whatever the default device is, so that every device sees the same order
+    return torch.randperm(n_rows, generator=generator, device="cpu") if shuffle else torch.arange(n_rows, device="cpu")
 
 
 def _resolve_device(name):
