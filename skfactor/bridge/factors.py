@@ -128,10 +128,13 @@ def _pair(decoder: LinearDecoder, codes: np.ndarray, shape: LayerShape) -> list[
     """Rows of the basis as filters C -> m, then the codes as a 1x1 convolution m -> N.
 
     Where rows are q sub-vectors of whole kernels, each with codes of its own, the filters are q groups that share one
-    basis (q = C: the same m filters for every channel, a depthwise convolution).
+    basis (q = C: the same m filters for every channel, a depthwise convolution). Atoms that no row uses are left out.
     """
     basis = decoder.basis()
     n_parts = codes.shape[1] // len(basis)
+    used = codes.reshape(-1, len(basis)).any(axis=0)
+    used[0] |= not used.any()
+    basis, codes = basis[used], codes[:, np.tile(used, n_parts)]
     channels, *kernel = shape.kernel_shape
     if n_parts > 1 and (not kernel or channels % n_parts):
         basis, n_parts = np.kron(np.eye(n_parts), basis), 1
@@ -160,12 +163,14 @@ def _tucker(decoder, codes, shape):
 
 
 def _spatially_separable(decoder, codes, shape):
-    """W[n,c,i,j] = Σ_r vertical[r,c,i] codes[n,(r,j)]: columns of pixels C -> rank, then rows of pixels rank -> N."""
-    if len(shape.kernel) != 2:
+    """W[n,c,i,j] = Σ_r vertical[r,c,i] codes[n,(r,j)]: first axis of the kernel C -> rank, then the others -> N."""
+    channels, *kernel = shape.kernel_shape
+    rank = len(decoder.vertical)
+    if decoder.vertical.shape[1:] != (channels, *kernel[:1]) or decoder.width != math.prod(kernel[1:]):
         return None
-    vertical = decoder.vertical[:, :, :, None]  # (rank, c, kh, 1)
-    horizontal = codes.reshape(len(codes), len(vertical), 1, decoder.width)
-    return [_for_groups(vertical, shape.groups, (0,)), Factor(horizontal, shape.groups, (1,))]
+    vertical = decoder.vertical.reshape(rank, channels, kernel[0], *(1 for _ in kernel[1:]))
+    others = codes.reshape(len(codes), rank, 1, *kernel[1:])
+    return [_for_groups(vertical, shape.groups, (0,)), Factor(others, shape.groups, shape.axes[1:])]
 
 
 def _depthwise_separable(decoder, codes, shape):

@@ -181,9 +181,10 @@ def _composed(a: torch.Tensor, groups_a: int, b: torch.Tensor, groups_b: int) ->
 
 def composed_weight(factors: list[Factor]) -> np.ndarray:
     """Weight (n_rows, *kernel_shape) in float64 of the one layer that does what the chain does."""
-    weight, groups = torch.from_numpy(factors[0].weight).double(), factors[0].groups
-    for factor in factors[1:]:
-        weight, groups = _composed(weight, groups, torch.from_numpy(factor.weight).double(), factor.groups)
+    weights = [torch.from_numpy(np.ascontiguousarray(factor.weight, dtype=np.float64)) for factor in factors]
+    weight, groups = weights[0], factors[0].groups
+    for other, factor in zip(weights[1:], factors[1:], strict=True):
+        weight, groups = _composed(weight, groups, other, factor.groups)
     return weight.numpy()
 
 
@@ -382,8 +383,10 @@ def dense_copy(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     made: dict[int, nn.Module] = {}
     weights: dict[tuple, nn.Parameter] = {}
+    done: tuple[str, ...] = ()
     for path, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, FactorizedLayer):
+        if isinstance(module, FactorizedLayer) and not path.startswith(done):
+            done += (f"{path}." if path else "",)
             if id(module) not in made:
                 made[id(module)] = layer = module.dense()
                 key = tuple(id(child.weight) for child in module)

@@ -91,10 +91,10 @@ def _planned(entry: TensorEntry, network: Network, tensor: CompressedTensor, pla
     try:
         layers = _replaceable_layers(entry, network, places)
         factors = factors_of(tensor, _common_shape(layers, tensor))
+        _check_chain(factors, tensor, entry)
         chains = _chains(layers, factors)
     except NoSmallerModule as reason:
         return Replacement(replace(record, reason=str(reason)), [], [])
-    _check_chain(factors, tensor, entry)
     n_weights = sum(module.weight.numel() for module in chains[0])
     record = replace(record, execution="factorized", modules=_text(chains[0]), parameters_factorized=n_weights)
     plan = Replacement(record, layers, chains)

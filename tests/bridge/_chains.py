@@ -76,8 +76,9 @@ def tensor_train(shape, n_rows, rng, rank, dtype):
 
 @family
 def spatial(shape, n_rows, rng, rank, dtype):
-    decoder = SpatialSeparableDecoder(rng.normal(size=(rank, *shape[:2])), shape[2], dtype)
-    return (decoder,), rng.normal(size=(n_rows, rank * shape[2]))
+    width = math.prod(shape[2:])
+    decoder = SpatialSeparableDecoder(rng.normal(size=(rank, *shape[:2])), width, dtype)
+    return (decoder,), rng.normal(size=(n_rows, rank * width))
 
 
 @family
@@ -90,7 +91,7 @@ def families_of(kernel_shape):
     """Names of the families that a row of this shape can have."""
     pixels = len(kernel_shape) - 1
     return [name for name in FAMILIES
-            if not ((name == "spatial" and pixels != 2) or (name in ("kernels", "depthwise") and pixels == 0)
+            if not ((name in ("spatial", "kernels", "depthwise") and pixels == 0)
                     or (name == "half_filters" and kernel_shape[0] % 2))]
 
 

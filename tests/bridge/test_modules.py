@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from skfactor.bridge.factors import Factor, LayerShape, NoSmallerModule, factors_of, register_module
-from skfactor.bridge.modules import FactorizedLayer, dense_copy, factorized_layer, layer_shape
+from skfactor.bridge.modules import FactorizedLayer, composed_weight, dense_copy, factorized_layer, layer_shape
 from skfactor.bridge.tensors import from_bits
 from skfactor.codec.decoders import CodebookDecoder, Decoder
 from skfactor.codec.linear import ComponentsDecoder
+from skfactor.codec.separable import DepthwiseSeparableDecoder, SpatialSeparableDecoder
 from skfactor.codec.tensor import CompressedTensor, Layout
+from skfactor.codec.tensor_decoders import TuckerDecoder
 from tests._nets import Conv1D
 from tests.bridge._chains import FAMILIES, compressed, families_of
 
@@ -131,6 +133,34 @@ def test_tucker_with_as_many_channels_is_a_pair():
     assert len(factors_of(compressed(wider, "tucker2"), layer_shape(wider))) == 3
 
 
+@pytest.mark.parametrize("n_parts", [1, 4])
+def test_atoms_that_no_row_uses_are_left_out(n_parts):
+    layer = nn.Conv2d(4, 6, 3)
+    rng = np.random.default_rng(0)
+    decoder = ComponentsDecoder(rng.normal(size=(5, 36 // n_parts)), "float64")
+    codes = rng.normal(size=(6, n_parts, 5))
+    codes[:, :, [1, 4]] = 0
+    for some, left in ((codes, 3), (np.zeros_like(codes), 1)):
+        tensor = CompressedTensor((decoder,), some.reshape(6, -1), (6, 4, 3, 3), "float64")
+        factors = factors_of(tensor, layer_shape(layer))
+        assert factors[0].weight.shape == (n_parts * left, 4 // n_parts, 3, 3)
+        np.testing.assert_allclose(composed_weight(factors), tensor.to_array(), atol=1e-12)
+
+
+def test_rows_of_another_shape_run_as_a_pair():
+    """A decoder whose kernel shape is not the layer's stands for the pair of its basis."""
+    layer = nn.Conv2d(4, 60, 3)
+    rng = np.random.default_rng(0)
+    core, factors = rng.normal(size=(2, 2, 6)), (rng.normal(size=(6, 2)),)
+    for decoder, n_codes in ((TuckerDecoder(core, factors, (0,), "float64"), 2),
+                             (SpatialSeparableDecoder(rng.normal(size=(2, 3, 4)), 3, "float64"), 6),
+                             (DepthwiseSeparableDecoder(rng.normal(size=(6, 2, 6)), "float64"), 12)):
+        tensor = CompressedTensor((decoder,), rng.normal(size=(60, n_codes)), (60, 4, 3, 3), "float64")
+        chain = factors_of(tensor, layer_shape(layer))
+        assert [f.weight.shape for f in chain] == [(n_codes, 4, 3, 3), (60, n_codes, 1, 1)]
+        np.testing.assert_allclose(composed_weight(chain), tensor.to_array(), atol=1e-12)
+
+
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"pruned_low_rank"}))
 def test_gradients_flow_to_every_factor(name):
     """Through `forward` and through the composed `weight` alike."""
@@ -242,6 +272,22 @@ def test_dense_again():
     close(dense[0](x), chain(x), 1e-13)
     assert isinstance(net[0], FactorizedLayer)
     assert type(dense_copy(chain)) is nn.Conv2d
+
+
+def test_chains_of_chains():
+    """A module of a chain may be factorised again."""
+    _, chain = dense_and_chain(lambda: nn.Conv2d(8, 12, 3, padding=1), "low_rank", rank=6)
+    tensor = compressed(chain[1], "low_rank", rank=2)
+    with torch.no_grad():
+        chain[1].weight.copy_(torch.from_numpy(tensor.to_array()))
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    y, weight = chain(x), chain.weight
+    chain[1] = factorized_layer(chain[1], factors_of(tensor, layer_shape(chain[1])))
+    close(chain(x), y, 1e-13)
+    close(chain.weight, weight, 1e-13)
+    again = dense_copy(nn.Sequential(chain))
+    assert [type(m) for m in again.modules()] == [nn.Sequential, nn.Conv2d]
+    close(again(x), y, 1e-13)
 
 
 # ------------------------------------------------------------------------------------------- what stays dense
