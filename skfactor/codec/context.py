@@ -128,11 +128,14 @@ def _solve(matrix, right):
 # --- the order of coding --------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=4)  # the blocks of a large matrix have one shape
 def _lattice_order(n_rows, n_channels):
     """Return all kernels ``row * n_channels + channel`` so that every prefix is spread over rows and channels."""
     row = np.arange(n_rows, dtype=np.uint32)[:, None] * np.uint32(3242174889)  # 2**32 / plastic number
     channel = np.arange(n_channels, dtype=np.uint32)[None, :] * np.uint32(2447445413)  # 2**32 / its square
-    return np.argsort((row + channel).reshape(-1), kind="stable")
+    order = np.argsort((row + channel).reshape(-1), kind="stable")
+    order.flags.writeable = False
+    return order
 
 
 def _blocks(n_kernels, kernel):
