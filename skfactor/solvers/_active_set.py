@@ -122,7 +122,7 @@ def solve(dic, X, alpha, tol, max_iter, warm=None):
     while True:
         residual = pool.x - _combine(sets.slot, sets.value, dic.atoms)
         j, c = _best_atoms(dic, residual)
-        done = pool.running & (pool.stuck | (_gap_at_optimum(pool, sets, residual, c) <= pool.enough))
+        done = pool.running & (pool.stuck | (_gap_at_optimum(dic, pool, sets, (residual, c)) <= pool.enough))
         ended = np.flatnonzero(pool.running if n_iter == max_iter else done)
         if len(ended):
             rows = pool.rows[ended]
@@ -180,9 +180,10 @@ def _best_atoms(dic, residual):
     return j, c
 
 
-def _gap_at_optimum(pool, sets, residual, c):
+def _gap_at_optimum(dic, pool, sets, state):
     """Duality gap of codes that are optimal for their set: all correlations in it are alpha times the sign."""
-    scale = pool.alpha / np.maximum(np.abs(c), pool.alpha)
+    residual, c = state
+    scale = pool.alpha / np.maximum(c if dic.positive else np.abs(c), pool.alpha)
     size = np.einsum("tn,tn->n", sets.sign, sets.value)
     return (1 - scale) * (0.5 * (1 - scale) * np.einsum("nd,nd->n", residual, residual) + pool.alpha * size)
 
