@@ -28,7 +28,7 @@ from skfactor.bridge.replace import (
     plan_replacements,
     replace_layers,
 )
-from skfactor.bridge.result import FACTORIZED, CompressionResult, Source, assemble, compress_source
+from skfactor.bridge.result import CompressionResult, Source, assemble, compress_source
 from skfactor.bridge.rules import resolve_rules
 from skfactor.bridge.sequential import fit_in_order
 from skfactor.bridge.tensors import dtype_name, from_bits, to_bits
@@ -36,6 +36,7 @@ from skfactor.codec.container import SkfFile
 from skfactor.codec.safetensors_io import SafetensorsReader
 from skfactor.codec.tensor import CompressedTensor, RawTensor
 from skfactor.exceptions import FormatError, LayerError
+from skfactor.report import FACTORIZED
 
 __all__ = ["compress", "load", "load_into"]
 

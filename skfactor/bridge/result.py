@@ -14,15 +14,12 @@ from skfactor.bridge.fitting import Fitted, Job, TensorRecord, fit_jobs, raw_rec
 from skfactor.bridge.rules import Plan, TensorEntry
 from skfactor.codec.container import SkfWriter
 from skfactor.codec.tensor import CompressedTensor, RawTensor
-from skfactor.report import LayerExecution, NetworkCost, Report
+from skfactor.report import FACTORIZED, LayerExecution, NetworkCost, Report
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FACTORIZED", "CompressionResult", "Source", "assemble", "compress_source"]
-
-#: Key of a file's metadata: names of the tensors whose layers run factorised.
-FACTORIZED = "skfactor.factorized"
+__all__ = ["CompressionResult", "Source", "assemble", "compress_source"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,10 @@ from typing import Any
 
 from skfactor.report.tables import ratio_text, text_table
 
-__all__ = ["LayerExecution", "NetworkCost", "execution_cells", "execution_footnotes"]
+__all__ = ["FACTORIZED", "LayerExecution", "NetworkCost", "execution_cells", "execution_footnotes"]
+
+#: Key of a file's metadata: names of the tensors whose layers run factorised.
+FACTORIZED = "skfactor.factorized"
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class TensorFile:
             self._file = SkfFile(path) if self.is_skf else SafetensorsReader(path)
         self.names = list(self._file.names)
         self.ties = dict(self._file.ties) if self.is_skf else {}
+        self.metadata = self._file.metadata
 
     def __enter__(self):
         return self

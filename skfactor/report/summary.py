@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from skfactor.report.execution import LayerExecution, NetworkCost, execution_cells, execution_footnotes
+from skfactor.report.execution import FACTORIZED, LayerExecution, NetworkCost, execution_cells, execution_footnotes
 from skfactor.report.files import TensorFile
 from skfactor.report.rows import TensorReport, tensor_report
 from skfactor.report.tables import (
@@ -52,6 +52,8 @@ class Report:
         How the compressed layers run; empty where all run as they did.
     cost : NetworkCost or None
         Parameters, multiplications and latency of one forward pass, where they were measured.
+    factorized : tuple of str
+        Tensors of a file whose layers `load_into` makes run factorised.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Report:
         path: str | None = None,
         layers: Iterable[LayerExecution] = (),
         cost: NetworkCost | None = None,
+        factorized: Iterable[str] = (),
     ):
         self.rows = tuple(rows)
         self.overhead = int(overhead)
@@ -72,6 +75,7 @@ class Report:
         self.path = path
         self.layers = tuple(layers)
         self.cost = cost
+        self.factorized = tuple(factorized)
 
     @classmethod
     def from_file(
@@ -109,9 +113,11 @@ class Report:
         with TensorFile(path) as file, no_file if original is None else TensorFile(original) as reference:
             names = [name for name in file.names if name not in file.ties]
             rows = [tensor_report(file, name, reference, records.get(name), detail) for name in names]
-            ties = dict(file.ties)
+            ties, metadata = dict(file.ties), file.metadata
         overhead = os.path.getsize(path) - sum(row.bytes_after for row in rows)
-        return cls(rows, overhead=overhead, ties=ties, source="file", path=os.fspath(path))
+        listed = metadata.get(FACTORIZED, []) if isinstance(metadata.get(FACTORIZED, []), list) else []
+        return cls(rows, overhead=overhead, ties=ties, source="file", path=os.fspath(path),
+                   factorized=[name for name in names if name in listed])
 
     @classmethod
     def from_result(cls, result: Any, *, detail: bool = False) -> Report:
@@ -170,6 +176,7 @@ class Report:
             "ties": self.ties,
             "total": total | {"relative_error": finite_or_none(total["relative_error"])},
             "layers": [layer.to_dict() for layer in self.layers],
+            "factorized": list(self.factorized),
             "cost": None if self.cost is None else self.cost.to_dict(),
         }
 
@@ -300,19 +307,25 @@ class Report:
 
     def _footnotes(self):
         notes = [f"{name} is tied to {other} and stored once" for name, other in self.ties.items()]
+        if self.factorized:
+            notes.append(f"load_into runs {len(self.factorized)} layers factorised: {_some(self.factorized)}")
         by_reason = {}
         for row in self.rows:
             if row.note:
                 by_reason.setdefault(row.note, []).append(row.name)
         for reason, names in by_reason.items():
-            others = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            notes.append(f"lossless: {', '.join(names[:3])}{others} ({reason})")
+            notes.append(f"lossless: {_some(names)} ({reason})")
         if any(row.output_error is not None for row in self.rows):
             notes.append("error: of the weights; output error: of the layer's output on the calibration data")
         if any(row.coded_bytes for row in self.rows):
             notes.append("fixed, Huffman, entropy and stored: bytes of the codes alone; entropy is of order 0")
         where = f"the file {self.path}" if self.source == "file" else "encoding the tensors; there is no file yet"
         return [*notes, f"bytes: from {where}"]
+
+
+def _some(names):
+    """The first names, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _flat_coded_bytes(coded_bytes):

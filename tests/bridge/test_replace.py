@@ -15,9 +15,9 @@ from skfactor import Calibration, FormatError, KMeansWeightSharer, LayerError, L
 from skfactor.bridge import dense_copy, register_module
 from skfactor.bridge.factors import _BUILDERS, Factor
 from skfactor.bridge.modules import FactorizedConv1D, FactorizedConv2d, FactorizedLayer, FactorizedLinear
-from skfactor.bridge.result import FACTORIZED
 from skfactor.codec.container import SkfFile, SkfWriter
 from skfactor.codec.linear import ComponentsDecoder
+from skfactor.report import FACTORIZED, Report
 from tests._nets import Block, ResNet, SmallCNN, TinyLM
 from tests.bridge.test_apply import checksum, same
 
@@ -122,6 +122,8 @@ def test_round_trip_through_the_file(net, rules, tmp_path):
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(fresh(x), result.model.train()(x))
     assert same(skfactor.load(path), result.state_dict())
+    names = [e.tensor for e in result.executions if e.execution == "factorized"]
+    assert f"load_into runs {len(names)} layers factorised: {names[0]}" in str(Report.from_file(path))
     dense = skfactor.load_into(Dense(), path, mode="dense")
     assert not any(isinstance(module, FactorizedLayer) for module in dense.modules())
     assert same(dense.state_dict(), result.state_dict())
