@@ -29,7 +29,8 @@ class LassoCodes(NamedTuple):
         Most steps that a row took.
     gap : ndarray of shape (n,), float64
         Certified duality gap of every row divided by ``1/2 |x|^2``: its objective is above the optimum by at most that
-        much. It belongs to the codes before they are rounded to the type of X.
+        much. It is the gap of the row's projection on the span of the atoms, which is the tightest and has the same
+        codes, and belongs to the codes before they are rounded to the type of X.
     """
 
     codes: np.ndarray | csr_array
