@@ -5,9 +5,19 @@ import builtins
 
 import numpy as np
 import pytest
+from sklearn.decomposition import PCA
 
-from skfactor.estimators import KMeansWeightSharer, compressed_tensor
-from skfactor.plotting import CodebookDisplay, ElbowDisplay, RateDistortionDisplay, pareto_front
+from skfactor import CompressionSearchCV
+from skfactor.estimators import KMeansWeightSharer, LowRankFactorizer, compressed_tensor
+from skfactor.plotting import (
+    AtomsDisplay,
+    CodebookDisplay,
+    ElbowDisplay,
+    ManifoldDisplay,
+    RateDistortionDisplay,
+    ReconstructionDisplay,
+    pareto_front,
+)
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
@@ -120,12 +130,153 @@ def test_rate_distortion_of_compressed_tensors(ax, W):
     assert not display.higher_is_better
 
 
+@pytest.fixture(scope="module")
+def search():
+    X = np.random.default_rng(0).laplace(size=(12, 20)).astype(np.float32)
+    grid = {"n_clusters": [2, 16, 4, 8], "entropy_weight": [0.0, 0.02]}
+    return CompressionSearchCV(KMeansWeightSharer(), grid, max_distortion=0.05).fit(X)
+
+
+def test_elbow_of_a_search_draws_what_differs_in_one_parameter(ax, W, search):
+    display = ElbowDisplay.from_search(search, "n_clusters", n_weights=W.size, ax=ax)
+    k, error = display.line_.get_data()
+    assert list(k) == [2, 4, 8, 16]
+    for n_clusters, found in zip(k, error):
+        params = search.best_params_ | {"n_clusters": int(n_clusters)}
+        expected = np.sqrt(-KMeansWeightSharer(**params).fit(W).score(W))
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert display.chosen_.get_xdata() == [search.best_params_["n_clusters"]]
+
+
+def test_rate_distortion_of_a_search(ax, search):
+    for given in (search, search.cv_results_):
+        display = RateDistortionDisplay.from_search(given, ax=ax)
+        np.testing.assert_array_equal(display.size, search.cv_results_["mean_test_bytes"])
+        np.testing.assert_allclose(display.quality**2, np.abs(search.cv_results_["mean_test_distortion"]))
+    assert display.chosen_ is None
+    display = RateDistortionDisplay.from_search(search, ax=ax)
+    assert display.chosen_.get_xdata()[0] * 1000 == search.best_bytes_
+    assert display.chosen_.get_ydata()[0] ** 2 == pytest.approx(search.best_distortion_, rel=1e-6)
+
+
+def test_candidates_that_failed_are_not_drawn(ax):
+    results = {"mean_test_rate": [-300, np.nan, -100], "mean_test_distortion": [-0.01, np.nan, -0.04]}
+    display = RateDistortionDisplay.from_search(results, chosen=2, ax=ax)
+    assert list(display.size) == [300, 100]
+    np.testing.assert_allclose(display.quality, [0.1, 0.2])
+    assert display.chosen_.get_xdata() == [0.1]
+    with pytest.raises(ValueError, match="did not fail, got 1"):
+        RateDistortionDisplay.from_search(results, chosen=1)
+    with pytest.raises(ValueError, match="must have 'mean_test_bytes' or 'mean_test_rate'"):
+        RateDistortionDisplay.from_search({"mean_test_score": [1.0]})
+
+
+def tiles(display, n, shape):
+    """The images that were drawn, cut out of the whole again."""
+    whole = np.ma.filled(display.image_.get_array().astype(float), np.nan)
+    height, width = shape
+    n_columns = (whole.shape[1] + 1) // (width + 1)
+    cut = [whole[r * (height + 1) :, c * (width + 1) :][:height, :width] for r, c in
+           (divmod(i, n_columns) for i in range(n))]
+    assert np.isfinite(whole).sum() == n * height * width  # nothing but images and the lines between them
+    return np.array(cut)
+
+
+def test_atoms_are_drawn_as_images_by_use(ax):
+    X = np.random.default_rng(0).standard_normal((30, 12))
+    factorizer = LowRankFactorizer(rank=5).fit(X)
+    display = AtomsDisplay.from_estimator(factorizer, X, image_shape=(3, 4), ax=ax, name="noise")
+    use = np.abs(factorizer.transform(X)).sum(axis=0)
+    assert list(use[display.order]) == sorted(use, reverse=True)
+    atoms = factorizer.decoder_.components[display.order]
+    expected = atoms / np.abs(atoms).max(axis=1, keepdims=True)
+    np.testing.assert_allclose(tiles(display, 5, (3, 4)), expected.reshape(5, 3, 4))
+    assert "5 atoms: noise" in ax.get_title()
+    assert display.image_.get_clim() == (-1, 1)
+    display.plot(ax, n_atoms=2, n_columns=1)
+    np.testing.assert_allclose(tiles(display, 2, (3, 4)), expected[:2].reshape(2, 3, 4))
+
+
+def test_centroids_of_rows_are_atoms(ax):
+    X = np.random.default_rng(0).uniform(0, 1, (40, 9))
+    sharer = KMeansWeightSharer(4, vector_size=9, random_state=0).fit(X)
+    display = AtomsDisplay.from_estimator(sharer, X, ax=ax)
+    assert display.image_shape == (3, 3)
+    centroids = sharer.cluster_centers_[display.order]
+    np.testing.assert_allclose(tiles(display, 4, (3, 3)).reshape(4, 9), centroids / centroids.max(axis=1)[:, None])
+    assert list(display.usage) == list(np.bincount(sharer.labels_[:, 0]))
+    by_column = KMeansWeightSharer(3, vector_size=4, granularity="column", random_state=0).fit(X[:, :8])
+    display = AtomsDisplay.from_estimator(by_column, X[:, :8], index=1, ax=ax)
+    assert list(display.usage) == list(np.bincount(by_column.labels_[:, 1], minlength=3))
+
+
+def test_reconstructions_are_drawn_under_the_originals(ax):
+    X = np.random.default_rng(0).uniform(0, 5, (20, 6))
+    estimators = {"two axes": PCA(2).fit(X), "4 values": KMeansWeightSharer(4).fit(X)}
+    display = ReconstructionDisplay.from_estimator(estimators, X, image_shape=(2, 3), n_images=4, ax=ax)
+    found = [e.inverse_transform(e.transform(X)) for e in estimators.values()]
+    expected = np.vstack([X[:4], *(f[:4] for f in found)]).reshape(12, 2, 3)
+    np.testing.assert_allclose(tiles(display, 12, (2, 3)), expected)
+    for X_hat, (name, error), label in zip(found, display.errors.items(), ax.get_yticklabels()[1:]):
+        assert error == pytest.approx(np.linalg.norm(X_hat - X) / np.linalg.norm(X))
+        assert label.get_text().startswith(name)
+    assert list(ax.get_yticks()) == [0.5, 3.5, 6.5]
+
+
+def test_reconstructions_of_compressed_tensors(ax):
+    X = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    sharer = KMeansWeightSharer(3).fit(X)
+    display = ReconstructionDisplay.from_compressed_tensors({"3": compressed_tensor(sharer, X)}, X, ax=ax)
+    np.testing.assert_array_equal(display.reconstructions["3"], sharer.inverse_transform(sharer.labels_))
+    assert display.errors["3"] == pytest.approx(np.sqrt(-sharer.score(X)), rel=1e-5)
+    assert ReconstructionDisplay(np.zeros((1, 4)), {"same": np.zeros((1, 4))}).errors == {"same": 0.0}
+
+
+class FirstTwo:
+    """A map that keeps the first two columns."""
+
+    def fit_transform(self, X):
+        return X[:, :2]
+
+
+def test_manifold_colours_rows_by_cluster(ax):
+    X = np.random.default_rng(0).standard_normal((25, 6))
+    sharer = KMeansWeightSharer(3, vector_size=6, random_state=0).fit(X)
+    display = ManifoldDisplay.from_estimator(sharer, X, manifold=FirstTwo(), ax=ax, name="filters")
+    np.testing.assert_array_equal(display.scatter_.get_offsets(), X[:, :2])
+    np.testing.assert_array_equal(display.scatter_.get_array(), sharer.labels_[:, 0])
+    assert ax.get_title() == "Map of filters by FirstTwo"
+
+
+def test_manifold_colours_rows_by_main_atom(ax):
+    X = np.random.default_rng(0).standard_normal((25, 6))
+    factorizer = LowRankFactorizer(rank=3).fit(X)
+    display = ManifoldDisplay.from_estimator(factorizer, X, manifold=FirstTwo(), ax=ax)
+    codes = factorizer.transform(X)
+    for row, label in zip(codes, display.labels):
+        assert all(abs(row[label]) >= abs(c) for c in row)
+
+
+def test_manifold_by_default_keeps_groups_together(ax):
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 12)
+    X = 50.0 * labels[:, None] + rng.standard_normal((24, 5))
+    display = ManifoldDisplay.from_labels(X, labels, ax=ax)
+    middles = [display.embedding[labels == k].mean(axis=0) for k in (0, 1)]
+    nearest = [np.argmin([np.linalg.norm(point - m) for m in middles]) for point in display.embedding]
+    np.testing.assert_array_equal(nearest, labels)
+    assert ManifoldDisplay.from_labels(X, ax=ax, manifold=FirstTwo()).colorbar_ is None
+
+
 @pytest.mark.parametrize("n_points", [1, 3])
 def test_figures_render_to_files(tmp_path, n_points, W):
     displays = [
         ElbowDisplay(np.arange(1, n_points + 1), np.linspace(1, 0.5, n_points), chosen=1, n_weights=100).plot(),
         CodebookDisplay(W[:n_points], [0.0] * n_points).plot(),
         RateDistortionDisplay(np.arange(1, n_points + 1), np.linspace(0, 1, n_points)).plot(),
+        AtomsDisplay(np.zeros((n_points, 4))).plot(),
+        ReconstructionDisplay(np.zeros((n_points, 4)), {"same": np.zeros((n_points, 4))}).plot(),
+        ManifoldDisplay(np.zeros((n_points, 2)), np.arange(n_points)).plot(),
     ]
     import matplotlib.pyplot as plt
 
@@ -146,6 +297,18 @@ def test_figures_render_to_files(tmp_path, n_points, W):
         (lambda: RateDistortionDisplay([0, 1], [0.5, 0.5]), "size must be positive"),
         (lambda: RateDistortionDisplay([1, 2], [0.5, 0.5], chosen=2), "chosen must be an index in 0..1"),
         (lambda: CodebookDisplay.from_estimator(KMeansWeightSharer(), [[1.0]]), "needs a fitted estimator"),
+        (lambda: AtomsDisplay(np.ones((2, 6))), r"image_shape must be \(height, width\) with a product of 6"),
+        (lambda: AtomsDisplay(np.ones((2, 4)), usage=[1]), "usage must have 2 values"),
+        (lambda: AtomsDisplay(np.ones(4)), "atoms must be a non-empty 2-D"),
+        (lambda: AtomsDisplay.from_estimator(KMeansWeightSharer(2).fit([[1.0, 2.0]])), "needs a fitted estimator with"),
+        (lambda: ReconstructionDisplay(np.ones((2, 4)), {"a": np.ones((1, 4))}), "must have 2 rows, got 1"),
+        (lambda: ReconstructionDisplay(np.ones((2, 4)), {"a": np.ones((2, 9))}), "must have 4 columns, got 9"),
+        (lambda: ReconstructionDisplay(np.ones((2, 4)), {}, errors={"a": 0.0}), "errors must have the names"),
+        (lambda: ManifoldDisplay(np.ones((3, 3))), "embedding must have 2 columns, got 3"),
+        (lambda: ManifoldDisplay(np.ones((3, 2)), [0.5, 1.0, 2.0]), "labels must be 3 integers"),
+        (lambda: ManifoldDisplay.from_labels(np.ones((2, 2))), "at least 3 rows, got 2"),
+        (lambda: ManifoldDisplay.from_estimator(KMeansWeightSharer(2).fit([[1.0, 2.0]]), [[1.0, 2.0]]),
+         "one integer code or several real ones"),
     ],
 )
 def test_wrong_data_is_one_clear_line(make, message):

@@ -1,45 +1,11 @@
-"""Displays: error against the number of clusters, a codebook over its weights, size against quality.
-
-They follow scikit-learn's Display style: `from_...` computes and draws, the constructor takes the figures alone, and
-`plot(ax=None)` draws them (again) and leaves the artists in attributes that end in an underscore. matplotlib is
-imported when something is drawn.
-"""
+"""Displays of curves: error against the number of clusters, size against quality."""
 # SPDX-License-Identifier: BSD-3-Clause
 
 import numpy as np
 
-from skfactor.codec.decoders import CodebookDecoder
+from skfactor.plotting._axes import BLUE, GREY, ORANGE, new_axes, percent, set_log_ticks, tidy, vector
 
-__all__ = ["CodebookDisplay", "ElbowDisplay", "RateDistortionDisplay", "pareto_front"]
-
-_BLUE, _ORANGE, _GREY = "#1f6fb4", "#e4572e", "#9aa5b1"
-
-
-def _new_axes(ax):
-    """`ax`, or the axes of a new pyplot figure."""
-    if ax is not None:
-        return ax
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError("a plot needs matplotlib, which is not installed; pip install 'skfactor[plot]'") from error
-    return plt.subplots(figsize=(6.4, 4.2), layout="constrained")[1]
-
-
-def _tidy(ax):
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(True, color="#e6e9ed", linewidth=0.8)
-    ax.set_axisbelow(True)
-
-
-def _vector(name, values, length=None):
-    """`values` as a finite 1-D float array (of `length`, where given)."""
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
-        raise ValueError(f"{name} must be a non-empty 1-D array of finite numbers, got shape {values.shape}")
-    if length is not None and len(values) != length:
-        raise ValueError(f"{name} must have {length} values, got {len(values)}")
-    return values
+__all__ = ["ElbowDisplay", "RateDistortionDisplay", "pareto_front"]
 
 
 def pareto_front(size, quality, *, higher_is_better=True):
@@ -62,8 +28,8 @@ def pareto_front(size, quality, *, higher_is_better=True):
     >>> pareto_front([10, 20, 30, 30], [0.5, 0.9, 0.8, 0.95])
     array([0, 1, 3])
     """
-    size = _vector("size", size)
-    quality = _vector("quality", quality, len(size)) * (1 if higher_is_better else -1)
+    size = vector("size", size)
+    quality = vector("quality", quality, len(size)) * (1 if higher_is_better else -1)
     order = np.lexsort((-quality, size))
     best_so_far = np.maximum.accumulate(quality[order])
     is_record = np.r_[True, quality[order][1:] > best_so_far[:-1]]
@@ -104,8 +70,8 @@ class ElbowDisplay:
     """
 
     def __init__(self, n_clusters, relative_error, *, chosen=None, n_weights=None, name=None):
-        self.n_clusters = _vector("n_clusters", n_clusters)
-        self.relative_error = _vector("relative_error", relative_error, len(self.n_clusters))
+        self.n_clusters = vector("n_clusters", n_clusters)
+        self.relative_error = vector("relative_error", relative_error, len(self.n_clusters))
         self.chosen = chosen
         self.n_weights = n_weights
         self.name = name
@@ -141,20 +107,51 @@ class ElbowDisplay:
         )
         return display.plot(ax)
 
+    @classmethod
+    def from_search(cls, search, param, *, n_weights=None, ax=None, name=None):
+        """Draw the error of the candidates of a search against one parameter, with the chosen one marked.
+
+        Parameters
+        ----------
+        search : CompressionSearchCV or GridSearchCV
+            Fitted, with `mean_test_distortion` in `cv_results_`. Of the candidates, those are drawn that differ from
+            the chosen one in `param` alone.
+        param : str
+            Name of the parameter that counts clusters, "share__n_clusters" for example.
+        n_weights : int or None, default=None
+            Number of weights, for the κ axis.
+        ax : matplotlib Axes or None, default=None
+        name : str or None, default=None
+
+        Returns
+        -------
+        ElbowDisplay
+        """
+        results, best = search.cv_results_, search.best_index_
+        params = results["params"]
+        if param not in params[best]:
+            raise ValueError(f"param must be one of {sorted(params[best])}, got {param!r}")
+        error = np.sqrt(np.abs(_column(results, "mean_test_distortion")))
+        others = [{k: v for k, v in p.items() if k != param} for p in params]
+        same = [i for i, other in enumerate(others) if other == others[best] and np.isfinite(error[i])]
+        same.sort(key=lambda i: params[i][param])
+        return cls([params[i][param] for i in same], error[same], chosen=params[best][param], n_weights=n_weights,
+                   name=name).plot(ax)
+
     def plot(self, ax=None):
         """Draw on `ax`, or on a new figure; returns self."""
-        self.ax_ = ax = _new_axes(ax)
+        self.ax_ = ax = new_axes(ax)
         self.figure_ = ax.figure
-        (self.line_,) = ax.plot(self.n_clusters, self.relative_error, "-", color=_BLUE, linewidth=2)
+        (self.line_,) = ax.plot(self.n_clusters, self.relative_error, "-", color=BLUE, linewidth=2)
         ax.set_xscale("log", base=2)
         ticks = 2.0 ** np.arange(np.ceil(np.log2(self.n_clusters.min())), np.log2(self.n_clusters.max()) + 1e-9)
         ax.set_xticks(ticks, labels=[f"{t:g}" for t in ticks])
-        ax.yaxis.set_major_formatter(_percent)
+        ax.yaxis.set_major_formatter(percent)
         ax.set_ylim(bottom=0)
         ax.set_xlabel("clusters K")
         ax.set_ylabel("relative error ‖X − X̂‖ / ‖X‖")
         ax.set_title("Error of weight sharing" + (f": {self.name}" if self.name else ""))
-        _tidy(ax)
+        tidy(ax)
         self.chosen_ = None
         if self.chosen is not None:
             self._mark_chosen(ax)
@@ -165,9 +162,9 @@ class ElbowDisplay:
 
     def _mark_chosen(self, ax):
         error = float(self.relative_error[self.n_clusters == self.chosen][0])
-        (self.chosen_,) = ax.plot([self.chosen], [error], "o", color=_ORANGE, markersize=8, zorder=3)
+        (self.chosen_,) = ax.plot([self.chosen], [error], "o", color=ORANGE, markersize=8, zorder=3)
         ax.annotate(
-            f"K = {self.chosen:g}: error {100 * error:.2g} %", (self.chosen, error), color=_ORANGE,
+            f"K = {self.chosen:g}: error {100 * error:.2g} %", (self.chosen, error), color=ORANGE,
             xytext=(8, 10), textcoords="offset points", fontweight="bold",
         )
 
@@ -182,102 +179,6 @@ class ElbowDisplay:
         upper.set_xlabel("κ = 1 − K/N  [%]", fontsize="small", color="#5b6672")
         upper.spines[["top", "right"]].set_visible(False)
         upper.tick_params(length=0)
-
-
-def _percent(value, _position=None):
-    """Tick label of a fraction, in percent."""
-    return f"{100 * value:.4g} %"
-
-
-class CodebookDisplay:
-    """A codebook drawn over the histogram of the weights it shares.
-
-    Parameters
-    ----------
-    weights : array-like
-        Weights before sharing, of any shape.
-    codebook : array-like of shape (n_clusters,)
-        Shared values.
-    codes : array-like or None, default=None
-        Code of every weight, same number as `weights`; gives the entropy of the codes.
-    name : str or None, default=None
-        What was shared, for the title.
-
-    Attributes
-    ----------
-    histogram_ : matplotlib BarContainer
-    centroids_ : matplotlib LineCollection
-        One vertical line per shared value.
-    ax_ : matplotlib Axes
-    figure_ : matplotlib Figure
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from skfactor.plotting import CodebookDisplay
-    >>> display = CodebookDisplay(np.random.default_rng(0).normal(size=1000), [-1.0, 0.0, 1.0])
-    >>> display.plot()  # doctest: +SKIP
-    """
-
-    def __init__(self, weights, codebook, *, codes=None, name=None):
-        self.weights = _vector("weights", np.ravel(np.asarray(weights)))
-        self.codebook = np.sort(_vector("codebook", codebook))
-        self.codes = None if codes is None else np.ravel(np.asarray(codes))
-        self.name = name
-        if self.codes is not None and len(self.codes) != len(self.weights):
-            raise ValueError(f"codes must have {len(self.weights)} values, one per weight, got {len(self.codes)}")
-
-    @classmethod
-    def from_estimator(cls, estimator, X, *, index=0, ax=None, name=None):
-        """Draw a codebook of a fitted sharer over the weights of `X` that refer to it.
-
-        Parameters
-        ----------
-        estimator : KMeansWeightSharer
-            Fitted, with `vector_size=1`.
-        X : array-like of shape (n_samples, n_features)
-        index : int, default=0
-            Which codebook, where every row, column or group has its own.
-        ax : matplotlib Axes or None, default=None
-        name : str or None, default=None
-
-        Returns
-        -------
-        CodebookDisplay
-        """
-        decoder = getattr(estimator, "decoder_", None)
-        if not isinstance(decoder, CodebookDecoder) or decoder.codebooks.shape[2] != 1:
-            raise ValueError(f"CodebookDisplay needs a fitted estimator with a codebook of scalars, got {estimator!r}")
-        if not 0 <= index < len(decoder.codebooks):
-            raise ValueError(f"index must be in 0..{len(decoder.codebooks) - 1}, got {index}")
-        X, codes = np.asarray(X), estimator.transform(X)
-        part = {
-            "tensor": np.s_[:],
-            "row": np.s_[index : index + 1],
-            "column": np.s_[:, index : index + 1],
-            "group": np.s_[index * (decoder.group_size or 0) : (index + 1) * (decoder.group_size or 0)],
-        }[decoder.granularity]
-        return cls(X[part], decoder.codebooks[index, :, 0], codes=codes[part], name=name).plot(ax)
-
-    def plot(self, ax=None, *, bins=120):
-        """Draw on `ax`, or on a new figure, with `bins` bars; returns self."""
-        self.ax_ = ax = _new_axes(ax)
-        self.figure_ = ax.figure
-        _, _, self.histogram_ = ax.hist(self.weights, bins=bins, color=_GREY, label=f"{self.weights.size:,} weights")
-        self.centroids_ = ax.vlines(
-            self.codebook, 0, 1, transform=ax.get_xaxis_transform(), color=_ORANGE, linewidth=1.3,
-            label=f"{self.codebook.size} shared values",
-        )
-        title = "Codebook" + (f": {self.name}" if self.name else "")
-        if self.codes is not None:
-            share = np.unique(self.codes, return_counts=True)[1] / self.codes.size
-            title += f"  ({-(share * np.log2(share)).sum() + 0.0:.2f} bits of entropy per code)"
-        ax.set_title(title)
-        ax.set_xlabel("value of the weight")
-        ax.set_ylabel("weights per bin")
-        _tidy(ax)
-        ax.legend(loc="upper right", facecolor="white", edgecolor="none", framealpha=0.9)
-        return self
 
 
 class RateDistortionDisplay:
@@ -318,8 +219,8 @@ class RateDistortionDisplay:
 
     def __init__(self, size, quality, *, quality_name="accuracy", higher_is_better=True, chosen=None, original=None,
                  title="Size against quality"):
-        self.size = _vector("size", size)
-        self.quality = _vector("quality", quality, len(self.size))
+        self.size = vector("size", size)
+        self.quality = vector("quality", quality, len(self.size))
         if (self.size <= 0).any():
             raise ValueError(f"size must be positive, got {self.size.min():g}")
         if chosen is not None and not 0 <= chosen < len(self.size):
@@ -356,28 +257,57 @@ class RateDistortionDisplay:
                     "title": "Size against error"}
         return cls([t.nbytes for t in tensors], error, **(defaults | kwargs)).plot(ax)
 
+    @classmethod
+    def from_search(cls, search, *, ax=None, **kwargs):
+        """Draw size against relative error of all candidates of a search, with the chosen one marked.
+
+        Parameters
+        ----------
+        search : CompressionSearchCV or GridSearchCV, or its `cv_results_`
+            With the columns `mean_test_bytes` (or `mean_test_rate`) and `mean_test_distortion`, as
+            `skfactor.selection.compression_scorer` makes them. Candidates that failed are left out.
+        ax : matplotlib Axes or None, default=None
+        **kwargs
+            Passed on to the constructor; `chosen` is an index of `cv_results_`.
+
+        Returns
+        -------
+        RateDistortionDisplay
+        """
+        results = search if isinstance(search, dict) else search.cv_results_
+        size = np.abs(_column(results, "mean_test_bytes", "mean_test_rate"))
+        error = np.sqrt(np.abs(_column(results, "mean_test_distortion")))
+        whole = np.flatnonzero(np.isfinite(size) & np.isfinite(error))
+        chosen = kwargs.pop("chosen", None if isinstance(search, dict) else getattr(search, "best_index_", None))
+        if chosen is not None and chosen not in whole:
+            raise ValueError(f"chosen must be the index of a candidate that did not fail, got {chosen}")
+        defaults = {"quality_name": "relative error ‖X − X̂‖ / ‖X‖", "higher_is_better": False,
+                    "title": "Size against error",
+                    "chosen": None if chosen is None else int(np.searchsorted(whole, chosen))}
+        return cls(size[whole], error[whole], **(defaults | kwargs)).plot(ax)
+
     def plot(self, ax=None):
         """Draw on `ax`, or on a new figure; returns self."""
-        self.ax_ = ax = _new_axes(ax)
+        self.ax_ = ax = new_axes(ax)
         self.figure_ = ax.figure
         kilobytes = self.size / 1000
-        (self.points_,) = ax.plot(kilobytes, self.quality, "o", color=_GREY, markersize=5, label="settings tried")
+        (self.points_,) = ax.plot(kilobytes, self.quality, "o", color=GREY, markersize=5, label="settings tried")
         (self.front_,) = ax.plot(
-            kilobytes[self.front], self.quality[self.front], "o-", color=_BLUE, markersize=5, linewidth=2,
+            kilobytes[self.front], self.quality[self.front], "o-", color=BLUE, markersize=5, linewidth=2,
             label="Pareto front",
         )
         self.original_ = self._mark(ax, self.original, "s", "#303a44", "original")
         picked = None if self.chosen is None else (self.size[self.chosen], self.quality[self.chosen])
-        self.chosen_ = self._mark(ax, picked, "o", _ORANGE, "chosen")
+        self.chosen_ = self._mark(ax, picked, "o", ORANGE, "chosen")
         if self.original is not None:
             ax.axhline(self.original[1], color="#303a44", linewidth=0.8, linestyle=":")
         ax.set_xscale("log")
-        _set_log_ticks(ax)
-        ax.yaxis.set_major_formatter(_percent)
+        set_log_ticks(ax)
+        ax.yaxis.set_major_formatter(percent)
         ax.set_xlabel("stored size [kB]")
         ax.set_ylabel(self.quality_name)
         ax.set_title(self.title)
-        _tidy(ax)
+        tidy(ax)
         ax.legend(frameon=False, loc="lower right" if self.higher_is_better else "upper right")
         return self
 
@@ -392,10 +322,10 @@ class RateDistortionDisplay:
                        label=text)[0]
 
 
-def _set_log_ticks(ax):
-    """Ticks 1, 2, 5 x 10^n written as plain numbers: a log axis over less than a decade has no labels otherwise."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    ax.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(lambda value, _position=None: f"{value:g}")
-    ax.xaxis.set_minor_formatter(NullFormatter())
+def _column(results, *names):
+    """The first of these columns of `cv_results_`, NaN where a candidate failed."""
+    for name in names:
+        if name in results:
+            return np.asarray(results[name], dtype=np.float64)
+    raise ValueError(f"cv_results_ must have {' or '.join(map(repr, names))}; search with scoring=compression_scorer "
+                     "of skfactor.selection")
