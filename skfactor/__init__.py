@@ -22,6 +22,7 @@ _MODULE_OF = {
     "KMeansWeightSharer": "skfactor.estimators",
     "LayerError": "skfactor.exceptions",
     "LowRankFactorizer": "skfactor.estimators",
+    "MagnitudePruner": "skfactor.estimators",
     "MantissaRounder": "skfactor.estimators",
     "Report": "skfactor.report",
     "SeparableFactorizer": "skfactor.estimators",

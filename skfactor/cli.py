@@ -26,6 +26,7 @@ METHODS = {
     "htucker": "HierarchicalTuckerFactorizer",
     "kmeans": "KMeansWeightSharer",
     "lowrank": "LowRankFactorizer",
+    "prune": "MagnitudePruner",
     "round": "MantissaRounder",
     "separable": "SeparableFactorizer",
     "train": "TensorTrainFactorizer",

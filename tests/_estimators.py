@@ -10,6 +10,7 @@ from skfactor import (
     HierarchicalTuckerFactorizer,
     KMeansWeightSharer,
     LowRankFactorizer,
+    MagnitudePruner,
     MantissaRounder,
     SeparableFactorizer,
     TensorTrainFactorizer,
@@ -27,6 +28,7 @@ class Case:
     sklearn : whether scikit-learn's suite applies (not where X must have the rows of fit, or a divisible width)
     optimal : whether the solver is globally optimal, so that more budget can never mean more error
     rounding : what "exact" may miss by, relative to the largest value: codes in floating point are rounded
+    shrinks : whether codes are shrunk by their price, so that not even a constant matrix comes back exactly
     """
 
     estimator: Any
@@ -35,10 +37,12 @@ class Case:
     sklearn: bool = True
     optimal: bool = True
     rounding: float = 0.0
+    shrinks: bool = False
 
     @property
     def id(self):
         return repr(self.estimator)
+
 
 
 CASES = [
@@ -61,6 +65,10 @@ CASES = [
     Case(MantissaRounder(), budget=("n_bits", (1, 2, 4, 8)), full={"n_bits": 53}),
     Case(LowRankFactorizer(rank=4), budget=("rank", (1, 2, 4, 8)), full={"rank": None}, rounding=1e-6),
     Case(LowRankFactorizer(energy=0.9), budget=("energy", (0.3, 0.5, 0.8, 0.95)), full={"energy": 1.0}, rounding=1e-6),
+    Case(MagnitudePruner(), ("amount", (0.9, 0.7, 0.5, 0.2)), {"amount": 0.0}, shrinks=True),
+    Case(MagnitudePruner(granularity="row"), ("amount", (0.9, 0.7, 0.5, 0.2)), {"amount": 0.0}, shrinks=True),
+    Case(MagnitudePruner(granularity="column"), ("amount", (0.9, 0.7, 0.5, 0.2)), {"amount": 0.0}, shrinks=True),
+    Case(MagnitudePruner(pattern="2:4"), ("pattern", ("1:4", "2:4", "3:4")), {"pattern": "4:4"}, shrinks=True),
     Case(SeparableFactorizer(rank=4), budget=("rank", (1, 2, 4, 8)), full={"rank": 100}, rounding=1e-6),
     Case(SeparableFactorizer(rank=3, kernel_shape=(2, 4, 2)), budget=("rank", (1, 2, 4, 8)), full={"rank": 100},
          rounding=1e-6, sklearn=False),

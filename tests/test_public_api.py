@@ -19,6 +19,7 @@ PUBLIC = {
     "KMeansWeightSharer",
     "LayerError",
     "LowRankFactorizer",
+    "MagnitudePruner",
     "MantissaRounder",
     "Report",
     "SeparableFactorizer",

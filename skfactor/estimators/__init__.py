@@ -11,6 +11,7 @@ from skfactor.estimators.block_term import BlockTermFactorizer
 from skfactor.estimators.hierarchical_tucker import HierarchicalTuckerFactorizer
 from skfactor.estimators.kmeans_sharer import KMeansWeightSharer
 from skfactor.estimators.low_rank import LowRankFactorizer
+from skfactor.estimators.magnitude_pruner import MagnitudePruner
 from skfactor.estimators.mantissa_rounder import MantissaRounder
 from skfactor.estimators.separable import SeparableFactorizer
 from skfactor.estimators.tensor_train import TensorTrainFactorizer
@@ -27,6 +28,7 @@ __all__ = [
     "HierarchicalTuckerFactorizer",
     "KMeansWeightSharer",
     "LowRankFactorizer",
+    "MagnitudePruner",
     "MantissaRounder",
     "SeparableFactorizer",
     "TensorTrainFactorizer",
