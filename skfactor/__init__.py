@@ -17,6 +17,7 @@ _MODULE_OF = {
     "Calibration": "skfactor.bridge",
     "CompressionResult": "skfactor.bridge",
     "CompressionSearchCV": "skfactor.selection",
+    "DictionaryFactorizer": "skfactor.estimators",
     "FormatError": "skfactor.exceptions",
     "HierarchicalTuckerFactorizer": "skfactor.estimators",
     "KMeansWeightSharer": "skfactor.estimators",

@@ -7,6 +7,7 @@ from typing import Any
 from skfactor import (
     AutoencoderCompressor,
     BlockTermFactorizer,
+    DictionaryFactorizer,
     HierarchicalTuckerFactorizer,
     KMeansWeightSharer,
     LowRankFactorizer,
@@ -44,6 +45,7 @@ class Case:
         return repr(self.estimator)
 
 
+_ALL_ATOMS = {"code_solver": "omp", "n_nonzero_coefs": 100, "n_components": 32}
 
 CASES = [
     Case(KMeansWeightSharer()),
@@ -93,4 +95,18 @@ CASES = [
     Case(HierarchicalTuckerFactorizer(rank=3), budget=("rank", (1, 2, 3, 4)), full={"rank": None}, rounding=1e-6),
     Case(HierarchicalTuckerFactorizer(rank=0.4), budget=("rank", (0.1, 0.2, 0.4, 0.8)),
          full={"rank": None}, rounding=1e-6),
+    Case(DictionaryFactorizer(8, random_state=0), budget=("alpha", (4.0, 2.0, 1.0, 0.1)), full=_ALL_ATOMS, rounding=1e-6,
+         optimal=False, shrinks=True),
+    Case(DictionaryFactorizer(5, alpha=0.3, alpha_unit="max", random_state=0), budget=("n_components", (2, 4, 8, 16)),
+         full=_ALL_ATOMS, rounding=1e-6, optimal=False, shrinks=True),
+    Case(DictionaryFactorizer(6, alpha=0.05, loss="root", random_state=0), budget=("alpha", (0.5, 0.1, 0.01)), full=None,
+         optimal=False, shrinks=True),
+    Case(DictionaryFactorizer(6, code_solver="omp", n_nonzero_coefs=2, random_state=0),
+         budget=("n_nonzero_coefs", (1, 2, 4)), full=_ALL_ATOMS, rounding=1e-6, optimal=False),
+    Case(DictionaryFactorizer(6, positive_code=True, positive_dict=True, random_state=0),
+         budget=("alpha", (4.0, 2.0, 1.0, 0.1)), full=None, optimal=False, shrinks=True),
+    Case(DictionaryFactorizer(6, batch_size=4, max_iter=20, random_state=0), budget=("alpha", (4.0, 2.0, 1.0, 0.1)),
+         full=None, sklearn=False, optimal=False, shrinks=True),
+    Case(DictionaryFactorizer(6, vector_size=4, random_state=0), budget=("alpha", (4.0, 2.0, 1.0, 0.1)),
+         full={**_ALL_ATOMS, "n_components": 12}, rounding=1e-6, sklearn=False, optimal=False, shrinks=True),
 ]

@@ -14,6 +14,7 @@ PUBLIC = {
     "Calibration",
     "CompressionResult",
     "CompressionSearchCV",
+    "DictionaryFactorizer",
     "FormatError",
     "HierarchicalTuckerFactorizer",
     "KMeansWeightSharer",

@@ -8,6 +8,7 @@ import importlib
 
 from skfactor.estimators.base import BaseCompressor, compressed_tensor, decoder_chain, fit_params
 from skfactor.estimators.block_term import BlockTermFactorizer
+from skfactor.estimators.dictionary_factorizer import DictionaryFactorizer
 from skfactor.estimators.hierarchical_tucker import HierarchicalTuckerFactorizer
 from skfactor.estimators.kmeans_sharer import KMeansWeightSharer
 from skfactor.estimators.low_rank import LowRankFactorizer
@@ -25,6 +26,7 @@ __all__ = [
     "AutoencoderCompressor",
     "BaseCompressor",
     "BlockTermFactorizer",
+    "DictionaryFactorizer",
     "HierarchicalTuckerFactorizer",
     "KMeansWeightSharer",
     "LowRankFactorizer",
