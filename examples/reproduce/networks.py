@@ -111,19 +111,25 @@ def test_set(folder, name):
         return _cifar(file["X"]), torch.from_numpy(file["y"]).long()
 
 
-def calibration_images(folder, name, n, seed):
-    """`n` training images without labels; those of CIFAR-10 cropped and flipped as in training."""
+def calibration_images(folder, name, n, seed, views=1):
+    """Batches of `n` training images without labels: those of CIFAR-10 in `views` crops and flips, as in training."""
     rng = np.random.default_rng(seed)
     if name.startswith("mnist"):
         with np.load(folder / "mnist.npz") as file:
-            return _mnist(file["X_train"][rng.permutation(len(file["X_train"]))[:n]])
+            return [_mnist(file["X_train"][rng.permutation(len(file["X_train"]))[:n]])]
     with np.load(folder / "cifar10_train.npz") as file:
         X = file["X"]
     X = X[rng.permutation(len(X))[:n]]
+    return [_cifar(_cropped(X, rng)) for _ in range(views)]
+
+
+def _cropped(X, rng):
+    """Every image flipped or not, and shifted by up to four pixels."""
+    n = len(X)
     X = np.where((rng.random(n) < 0.5)[:, None, None, None], X[:, :, ::-1], X)
     padded = np.pad(X, ((0, 0), (4, 4), (4, 4), (0, 0)))
     top, left = rng.integers(0, 9, (2, n))
-    return _cifar(np.stack([p[i : i + 32, j : j + 32] for p, i, j in zip(padded, top, left, strict=True)]))
+    return np.stack([p[i : i + 32, j : j + 32] for p, i, j in zip(padded, top, left, strict=True)])
 
 
 def _mnist(X):

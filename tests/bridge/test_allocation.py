@@ -170,7 +170,7 @@ def test_tied_language_model_from_a_loader():
     assert {"wte.weight", "fc.weight", "proj.weight"} <= found.rules.keys()
 
 
-@pytest.mark.parametrize("budget", ["", "17", "x", "0x", "-3x", 0, -5, 1.5, True, None])
+@pytest.mark.parametrize("budget", ["", "17", "x", "0x", "-3x", 0, -5, 1.5, True])
 def test_wrong_budget(budget):
     with pytest.raises(ValueError, match="budget must be a positive number of bytes or a ratio"):
         skfactor.allocate(nn.Linear(4, 4), budget=budget)

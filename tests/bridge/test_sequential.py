@@ -14,7 +14,6 @@ from skfactor import KMeansWeightSharer
 from skfactor.bridge import Calibration, output_importance
 from skfactor.bridge.balance import balance_rows
 from skfactor.bridge.batchnorm import fold_batch_norm, normalisation_after
-from skfactor.bridge.calibrate import output_importance
 from skfactor.bridge.layers import layer_specs
 from skfactor.estimators.base import BaseCompressor
 from tests._nets import SmallCNN, TinyLM
