@@ -19,12 +19,16 @@ def _controller():
 
 @contextmanager
 def row_map(n_threads, n_rows):
-    """`map`, or that of a pool of threads with one BLAS thread in each; `n_threads` None means all cores."""
+    """`map`, or that of a pool of threads; None means one for each usable core.
+
+    BLAS keeps to one thread: its products are too small here for more, and its waiting threads would burn a core.
+    """
     if n_threads is None:
         n_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     n_threads = min(n_threads, n_rows // _ROWS_PER_THREAD)
-    if n_threads < 2:
-        yield map
-    else:
-        with _controller().limit(limits=1, user_api="blas"), ThreadPoolExecutor(n_threads) as pool:
-            yield pool.map
+    with _controller().limit(limits=1, user_api="blas"):
+        if n_threads < 2:
+            yield map
+        else:
+            with ThreadPoolExecutor(n_threads) as pool:
+                yield pool.map

@@ -106,7 +106,7 @@ def lasso_codes_sparse(X, V, alpha, *, codes=None, positive=False, tol=1e-4, max
     2
     """
     X, V, alpha = _check(X, V, alpha, codes, tol, max_iter)
-    parts = list(_solved(X, V, alpha, codes, (positive, tol, max_iter), n_threads))
+    parts = _solved(X, V, alpha, codes, (positive, tol, max_iter), n_threads)
     rows = np.concatenate([np.zeros(0, dtype=np.intp), *(part.rows + block.start for block, part in parts)])
     atoms, values = (np.concatenate([np.zeros(0, dtype=dtype), *(part[i].astype(dtype) for _, part in parts)])
                      for i, dtype in ((1, np.int32), (2, X.dtype)))
@@ -129,7 +129,10 @@ def lasso_blocks(X, V, alpha, *, codes=None, positive=False, tol=1e-4, max_iter=
     [(slice(0, 5, None), (5, 3))]
     """
     X, V, alpha = _check(X, V, alpha, codes, tol, max_iter)
-    for rows, part in _solved(X, V, alpha, codes, (positive, tol, max_iter), 1):
+    blocks, run = _blocks(X, V, alpha, codes, (positive, tol, max_iter))
+    for rows in blocks:
+        with row_map(1, 0):
+            _, part = run(rows)
         dense = np.zeros((rows.stop - rows.start, len(V)), dtype=X.dtype)
         dense[part.rows, part.atoms] = part.values
         yield rows, LassoCodes(dense, part.n_iter, part.gap)
@@ -239,19 +242,24 @@ def duality_gap(X, V, alpha, codes, *, positive=False):
 
 
 def _solved(X, V, alpha, codes, options, n_threads):
-    """Yield (slice, Triples) for consecutive blocks of rows."""
+    """(slice, Triples) of consecutive blocks of rows."""
+    blocks, run = _blocks(X, V, alpha, codes, options)
+    with row_map(n_threads, len(X)) as over:
+        return list(over(run, blocks))
+
+
+def _blocks(X, V, alpha, codes, options):
+    """Slices of rows, and the function that codes one of them."""
     positive, tol, max_iter = options
-    prepared = prepare(V, positive)
-    n = len(X)
+    with row_map(1, 0):
+        prepared = prepare(V, positive)
     step = max(1, min(prepared.n_rows, _BLOCK_NUMBERS // len(V)))
-    blocks = [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
     def run(rows):
         warm = None if codes is None else _warm(codes[rows], positive)
         return rows, solve_rows(prepared, X[rows], alpha[rows], warm, tol, max_iter)
 
-    with row_map(n_threads, n) as over:
-        yield from over(run, blocks)
+    return [slice(start, min(start + step, len(X))) for start in range(0, len(X), step)], run
 
 
 def _warm(codes, positive):

@@ -100,7 +100,9 @@ def test_codes_satisfy_the_optimality_conditions(shape, positive):
     assert (c if positive else np.abs(c)).max() <= alpha + 1e-5
 
 
-@pytest.mark.parametrize(("dtype", "tol"), [(np.float32, 1e-4), (np.float32, 1e-7), (np.float64, 1e-4), (np.float64, 1e-9)])
+@pytest.mark.parametrize(("dtype", "tol"), [
+    (np.float32, 1e-4), (np.float32, 1e-7), (np.float64, 1e-4), (np.float64, 1e-9),
+])
 @pytest.mark.parametrize("positive", [False, True])
 @pytest.mark.parametrize("K", [30, 200])
 def test_gap_bounds_the_distance_from_the_optimum(K, dtype, tol, positive):
