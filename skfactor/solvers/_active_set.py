@@ -19,6 +19,10 @@ from scipy.sparse import csr_array
 _SCORES = 65536
 # Rows that finish are taken out once they are this part of the pool.
 _IDLE = 0.25
+# Smallest pivot.
+_TINY = np.finfo(np.float32).tiny
+# Numbers of gathered atoms up to which the overhead of a sparse product is larger than the gain.
+_FEW = 32768
 # Part of the squared norm of an atom outside the span of the set, in units of the rounding, below which it depends.
 _DEPENDENT = 256
 
@@ -31,6 +35,7 @@ class Dictionary(NamedTuple):
     exact: np.ndarray  # (K + 1, d) float64
     gram: np.ndarray  # ((K + 1)**2,)
     norms: np.ndarray  # (K + 1,) squared
+    floor: np.ndarray  # (K + 1,) squared norm outside the span of a set, below which an atom depends on it
     longest: float  # largest norm
     positive: bool
 
@@ -89,7 +94,8 @@ def dictionary(V, dtype, positive):
     gram = exact @ exact.T
     norms = np.diagonal(gram)
     return Dictionary(np.ascontiguousarray(V.T.astype(dtype)), exact.astype(dtype), exact,
-                      gram.astype(dtype).ravel(), norms.astype(dtype), float(np.sqrt(norms.max())), positive)
+                      gram.astype(dtype).ravel(), norms.astype(dtype),
+                      (_DEPENDENT * np.finfo(dtype).eps * norms).astype(dtype), float(np.sqrt(norms.max())), positive)
 
 
 @np.errstate(over="ignore", divide="ignore", invalid="ignore")
@@ -118,16 +124,14 @@ def solve(dic, X, alpha, tol, max_iter, warm=None):
     pool = _Pool(np.arange(n), X.astype(dtype, copy=False), alpha.astype(dtype), (0.5 * tol).astype(dtype),
                  np.ones(n, dtype=bool), np.zeros(n, dtype=bool))
     sets = _empty(dic, n) if warm is None else _start(dic, pool, warm)
-    gap, found, n_iter = np.full(n, np.inf), [], 0
+    found, n_iter = [], 0
     while True:
         residual = pool.x - _combine(sets.slot, sets.value, dic.atoms)
         j, c = _best_atoms(dic, residual)
         done = pool.running & (pool.stuck | (_gap_at_optimum(dic, pool, sets, (residual, c)) <= pool.enough))
         ended = np.flatnonzero(pool.running if n_iter == max_iter else done)
         if len(ended):
-            rows = pool.rows[ended]
-            gap[rows] = _certified_gap(dic, X[rows], alpha[rows], sets.take(ended), (residual[ended], c[ended]))
-            found.append(_triples(rows, sets.slot[:, ended], sets.value[:, ended]))
+            found.append((pool.rows[ended], sets.slot[:, ended], sets.value[:, ended], residual[ended], c[ended]))
             pool.running[ended] = False
             kept = np.flatnonzero(pool.running)
             if len(kept) == 0:
@@ -137,8 +141,21 @@ def solve(dic, X, alpha, tol, max_iter, warm=None):
         want, pool.stuck = _join(dic, pool, sets, j, c)
         _settle(dic, sets, want)
         n_iter += 1
-    triples = (np.concatenate(part) for part in zip(*found, strict=True))
-    return Solved(*triples, gap, n_iter, np.flatnonzero(~(gap <= tol)))
+    rows, slot, value, residual, c = _together(dic, found)
+    gap = np.empty(n)
+    gap[rows] = _certified_gap(dic, X[rows], alpha[rows], (slot, value), (residual, c))
+    t, i = np.nonzero(value)
+    return Solved(rows[i], slot[t, i], value[t, i], gap, n_iter, np.flatnonzero(~(gap <= tol)))
+
+
+def _together(dic, found):
+    """The rows that ended in different steps, with their sets filled up to the same number of slots."""
+    T = max(len(part[1]) for part in found)
+    rows, slot, value, residual, c = zip(*found, strict=True)
+    slot = [np.pad(a, ((0, T - len(a)), (0, 0)), constant_values=len(dic.norms) - 1) for a in slot]
+    value = [np.pad(a, ((0, T - len(a)), (0, 0))) for a in value]
+    return (np.concatenate(rows), np.concatenate(slot, axis=1), np.concatenate(value, axis=1),
+            np.concatenate(residual), np.concatenate(c))
 
 
 def _empty(dic, n):
@@ -152,7 +169,7 @@ def _start(dic, pool, warm):
     sets = _empty(dic, len(pool.rows))
     for atoms, values in zip(*warm, strict=True):
         b, schur, hole = _project(dic, sets, atoms)
-        fits = (values != 0) & (schur > _threshold(dic, atoms))
+        fits = (values != 0) & (schur > dic.floor[atoms])
         _insert(dic, sets, fits, (atoms, np.sign(values), values), (b, schur, hole))
     _settle(dic, sets, _optimum(dic, pool.x, pool.alpha, sets))
     return sets
@@ -161,6 +178,8 @@ def _start(dic, pool, warm):
 def _combine(slot, value, atoms):
     """``u V`` of every row, shape (n, d)."""
     T, n = slot.shape
+    if slot.size * atoms.shape[1] <= _FEW:
+        return np.einsum("tn,tnd->nd", value, atoms.take(slot, axis=0))
     start = np.arange(0, n * T + 1, T)
     return csr_array((value.T.ravel(), slot.T.ravel(), start), shape=(n, len(atoms))) @ atoms
 
@@ -188,33 +207,23 @@ def _gap_at_optimum(dic, pool, sets, state):
     return (1 - scale) * (0.5 * (1 - scale) * np.einsum("nd,nd->n", residual, residual) + pool.alpha * size)
 
 
-def _certified_gap(dic, X, alpha, sets, state):
+def _certified_gap(dic, X, alpha, codes, state):
     """Duality gap in float64; the largest correlation is that of the working precision plus a bound of its error.
 
     With ``r = x - u V`` and the dual point ``s r``, ``s = min(1, alpha / max|V r|)``, the gap is the sum
     ``1/2 (1 - s)^2 |r|^2 + (alpha |u|_1 - s r . u V)`` of two terms that are not negative.
     """
-    residual, c = state
-    fit = _combine(sets.slot, sets.value.astype(np.float64), dic.exact)
+    (slot, value), (residual, c) = codes, state
+    fit = _combine(slot, value.astype(np.float64), dic.exact)
     r = X - fit
     off = r - residual
     rounding = (X.shape[1] + 2) * np.finfo(residual.dtype).eps
     top = np.maximum(c, 0) if dic.positive else np.abs(c)
     error = np.sqrt(np.einsum("nd,nd->n", off, off)) + rounding * np.sqrt(np.einsum("nd,nd->n", r, r))
     scale = np.minimum(1, alpha / (top + dic.longest * error))
-    size = np.abs(sets.value).sum(axis=0, dtype=np.float64)
+    size = np.abs(value).sum(axis=0, dtype=np.float64)
     linear = alpha * size - scale * np.einsum("nd,nd->n", r, fit)
     return 0.5 * (1 - scale) ** 2 * np.einsum("nd,nd->n", r, r) + np.maximum(linear, 0)
-
-
-def _triples(rows, slot, value):
-    """The non-zero codes as (row, atom, value)."""
-    t, i = np.nonzero(value)
-    return rows[i], slot[t, i], value[t, i]
-
-
-def _threshold(dic, j):
-    return _DEPENDENT * np.finfo(dic.norms.dtype).eps * dic.norms[j]
 
 
 def _project(dic, sets, j):
@@ -256,7 +265,7 @@ def _join(dic, pool, sets, j, c):
     projection = _project(dic, sets, j)
     schur = projection[1]
     inside = (sets.slot == j).any(axis=0)
-    dependent = ~(schur > _threshold(dic, j))
+    dependent = ~(schur > dic.floor[j])
     go = pool.running & ~inside & ~dependent & np.isfinite(c)
     b = _insert(dic, sets, go, (j, sign, np.zeros_like(c)), projection)
     want = sets.value - np.where(go, (c - pool.alpha * sign) / schur, 0) * b
@@ -288,7 +297,7 @@ def _exchange(dic, data, sets, atom, b):
     part.value -= length[rows] * move[:, rows]
     _drop(dic, part, i[rows])
     projection = _project(dic, part, j[rows])
-    independent = projection[1] > _threshold(dic, j[rows])
+    independent = projection[1] > dic.floor[j[rows]]
     _insert(dic, part, independent, (j[rows], sign[rows], (sign * length)[rows]), projection)
     rows, kept = rows[independent], np.flatnonzero(independent)
     part = part.take(kept)
@@ -328,7 +337,7 @@ def _drop(dic, sets, i, want=None):
     """Empty slot i of each row; returns the optima of the smaller sets from those of the larger ones."""
     every = np.arange(len(i))
     w = sets.inverse[:, i, every]
-    w /= np.sqrt(np.maximum(w[i, every], np.finfo(w.dtype).tiny))
+    w /= np.sqrt(np.maximum(w[i, every], _TINY))
     if want is not None:
         want = want - w * (want[i, every] / w[i, every])
         want[i, every] = 0
