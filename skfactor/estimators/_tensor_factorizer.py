@@ -27,15 +27,17 @@ class TensorFactorizer(LinearFactorizer):
     * `_decoder(networks, dtype) -> LinearDecoder`;
     * `_ranks(decoder) -> tuple of int`.
 
-    `_refits` says whether the refit of all operands is of use without a gram.
+    `_refits` says whether the refit of all operands is of use without a gram, `_random` whether starts are random.
     """
 
     _refits = True
+    _random = False
 
     def _factorize(self, X, weights, gram):
         shape = self._row_shape(X.shape[1])
         n = len(X) if weights is None else weights.sum()
-        rows, unit = _rows(X, weights, grouped=gram is not None and len(gram) > 1)
+        grouped = gram is not None and len(gram) > 1
+        rows, unit = _rows(X, weights, grouped, principal=not grouped and (self._random or len(X) > X.shape[1]))
         decompose = self._decomposer(rows.reshape(-1, *shape), n)
         networks, bound, n_iter = decompose(rows.reshape(-1, *shape))
         if gram is not None or self._refits:
@@ -67,11 +69,12 @@ def _as_dtype(network, dtype):
     return network._replace(operands=tuple(np.ascontiguousarray(a, dtype=dtype) for a in network.operands))
 
 
-def _rows(X, weights, grouped):
+def _rows(X, weights, grouped, principal):
     """Rows in float64, scaled by the roots of their weights and by a power of two, and this unit.
 
-    They are replaced by their principal directions, each times its singular value: every basis fits both equally well,
-    and what comes of it depends on the second moment of the rows only. Rows that are grouped keep their places.
+    `principal` puts the principal directions in their place, each times its singular value: every basis fits both
+    equally well, they are never more than the columns, and depend on the second moment of the rows only. Rows that are
+    grouped keep their places.
     """
     rows = X.astype(np.float64)
     if weights is not None:
@@ -80,7 +83,7 @@ def _rows(X, weights, grouped):
     largest = np.abs(rows).max()
     unit = 2.0 ** np.frexp(largest)[1] if largest > 0 else 1.0
     rows /= unit
-    if not grouped:
+    if principal:
         U, s = left_singular(rows)
         rows = U[:, : max(1, int((s > 1e-13 * s[0]).sum()))].T @ rows
         extreme = np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1)

@@ -112,6 +112,7 @@ class BlockTermFactorizer(TensorFactorizer):
         self.random_state = random_state
 
     _refits = False
+    _random = True
 
     def _decomposer(self, T, n):
         axes = framed_axes(self.modes, T.ndim)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 
 import math
+from itertools import combinations
 from numbers import Integral, Real
 
 import numpy as np
@@ -165,19 +166,32 @@ def tucker_rank(rank, axes):
 
 
 def ranks_within_share(T, axes, n, share, n_blocks=1):
-    """Ranks of `axes` whose Tucker blocks hold at most this share of the numbers of n rows; see `least_harm`."""
-    most = tucker_ranks(T.shape, T.shape, axes)
+    """Ranks of `axes` whose Tucker blocks hold at most this share of the numbers of n rows; see `least_harm`.
+
+    A factor that is not there is worth more than one of nearly full rank. So ranks are sought for every set of column
+    axes that keep their full extent without a factor, and those are taken that leave out least.
+    """
+    full = tucker_ranks(T.shape, [T.shape[axis] for axis in axes], axes)
     tails = []
-    for axis, rank in zip(axes, most):
+    for axis, rank in zip(axes, full):
         whole = singular_tails(left_singular(unfold(T, axis))[1])
         # a block of rank r takes part in n_blocks r of the directions
         tails.append(whole[np.minimum(np.arange(rank + 1) * n_blocks, len(whole) - 1)])
+    budget = share * n * math.prod(T.shape[1:])
+    found = []
+    for size in range(len(axes)):
+        for whole in combinations(range(1, len(axes)), size):
 
-    def numbers(ranks):
-        extents = list(T.shape)
-        for axis, rank in zip(axes, ranks):
-            extents[axis] = rank
-        factors = sum(T.shape[axis] * rank for axis, rank in zip(axes[1:], ranks[1:]) if rank < T.shape[axis])
-        return n_blocks * (n * ranks[0] + math.prod(extents) + factors)
+            def numbers(ranks, whole=whole):
+                extents = list(T.shape)
+                for k, axis in enumerate(axes):
+                    extents[axis] = T.shape[axis] if k in whole else ranks[k]
+                factors = sum(T.shape[axis] * ranks[k] for k, axis in enumerate(axes) if k and k not in whole)
+                return n_blocks * (n * ranks[0] + math.prod(extents) + factors)
 
-    return tucker_ranks(T.shape, least_harm(tails, numbers, share * n * math.prod(T.shape[1:])), axes)
+            held = [tail[-2:] if k in whole else tail for k, tail in enumerate(tails)]
+            ranks = least_harm(held, numbers, budget)
+            ranks = [T.shape[axes[k]] if k in whole else rank for k, rank in enumerate(ranks)]
+            lost = sum(tails[k][rank] for k, rank in enumerate(ranks) if k not in whole)
+            found.append((numbers(ranks) > budget, lost, ranks))
+    return tucker_ranks(T.shape, min(found)[2], axes)
