@@ -16,7 +16,16 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, KFold
 from sklearn.pipeline import Pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from skfactor import BaseCompressor, CompressionSearchCV, KMeansWeightSharer, MantissaRounder, UniformQuantizer
+from skfactor import (
+    BaseCompressor,
+    CompressionSearchCV,
+    DictionaryFactorizer,
+    KMeansWeightSharer,
+    LowRankFactorizer,
+    MagnitudePruner,
+    MantissaRounder,
+    UniformQuantizer,
+)
 from skfactor._sklearn import Interval, fit_context
 from skfactor._validation import check_matrix
 from skfactor.codec.container import SkfFile, SkfWriter
@@ -349,12 +358,47 @@ def test_costs_are_ranked_from_the_least(X):
         assert found[f"mean_test_{name}"][found[f"rank_test_{name}"] == 1][0] == found[f"mean_test_{name}"].min()
 
 
+def prune_decompose_share():
+    return Pipeline([("prune", MagnitudePruner(0.3)), ("dict", DictionaryFactorizer(12, vector_size=9, tol=1e-3)),
+                     ("share", KMeansWeightSharer(preserve_zeros=True, coder="ans"))])
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """Rows of two 3 x 3 kernels, each a few of nine smooth patterns."""
+    rng = np.random.default_rng(4)
+    patterns = np.outer(*np.linalg.qr(rng.normal(size=(9, 2)))[0].T) + np.linalg.qr(rng.normal(size=(9, 9)))[0]
+    codes = rng.normal(size=(800, 9)) * (rng.random((800, 9)) < 0.25)
+    return (codes @ patterns + 0.02 * rng.normal(size=(800, 9))).reshape(400, 18).astype(np.float32)
+
+
+def test_grid_search_over_k_and_alpha(kernels, tmp_path):
+    grid = {"share__n_clusters": [4, 16, 32], "dict__alpha": [0.05, 0.4, 3.0]}
+    ours = CompressionSearchCV(prune_decompose_share(), grid, random_state=0).fit(kernels)
+    seeded = prune_decompose_share().set_params(dict__random_state=ours.best_estimator_["dict"].random_state)
+    theirs = GridSearchCV(seeded, grid, cv=WholeMatrixSplit(), scoring=compression_scorer, refit=elbow).fit(kernels)
+    naive = GridSearchCV(seeded, grid, cv=WholeMatrixSplit()).fit(kernels)
+    for search in (ours, theirs):
+        save_tensor(tmp_path / "X.skf", search, kernels)
+        assert os.path.getsize(tmp_path / "X.skf") == search.cv_results_["mean_test_bytes"][search.best_index_]
+        assert np.array_equal(load_tensor(tmp_path / "X.skf"), search.inverse_transform(search.transform(kernels)))
+    assert ours.best_params_ == theirs.best_params_
+    for name in ("bytes", "distortion"):
+        assert np.array_equal(ours.cv_results_[f"mean_test_{name}"], theirs.cv_results_[f"mean_test_{name}"])
+    # the codes of a high price are easy to share, and little of the matrix is left in them
+    end_to_end = -theirs.cv_results_["mean_test_distortion"]
+    assert end_to_end[naive.best_index_] < end_to_end.max() - 0.1
+
+
 @pytest.mark.parametrize("estimator", [
     KMeansWeightSharer(vector_size=3), two_steps(),
+    Pipeline([("low", LowRankFactorizer(4)), ("share", UniformQuantizer())]).set_params(share__step=0.1),
     Pipeline([("round", MantissaRounder()), ("share", KMeansWeightSharer(vector_size=3))])])
 def test_the_file_is_as_large_as_the_search_said(X, tmp_path, estimator):
-    name = "share__n_clusters" if isinstance(estimator, Pipeline) else "n_clusters"
-    search = CompressionSearchCV(estimator, {name: [3, 7, 20]}, max_bytes=600).fit(X)
+    grid = {"n_clusters": [3, 7, 20]}
+    if isinstance(estimator, Pipeline):
+        grid = {"low__rank": [1, 2, 3]} if "low" in estimator.named_steps else {"share__n_clusters": [3, 7, 20]}
+    search = CompressionSearchCV(estimator, grid, max_bytes=600).fit(X)
     for i, source in enumerate((search, search.best_estimator_)):
         save_tensor(tmp_path / f"{i}.skf", source, X)
         assert os.path.getsize(tmp_path / f"{i}.skf") == search.best_bytes_
