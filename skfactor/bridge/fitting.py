@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 from joblib import Parallel, delayed
-from sklearn.base import clone
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from skfactor.bridge.rules import TensorEntry
 from skfactor.codec.dtypes import from_float, itemsize, to_float
 from skfactor.codec.tensor import CompressedTensor, Layout
-from skfactor.estimators.base import compressed_tensor, fit_params, steps_of
+from skfactor.estimators.base import compressed_tensor, fit_chain, steps_of, with_kernel_shape
 from skfactor.exceptions import LayerError
 
 __all__ = ["Fitted", "Job", "TensorRecord", "fit_jobs", "raw_record", "relative_error", "squared_norm"]
@@ -234,8 +233,7 @@ def _fit(item: _Item, estimator: Any, bits: np.ndarray, side: dict[str, np.ndarr
     X = layout.to_matrix(_floats(bits, dtype))
     _check_finite(X, layout, shape)
     start = time.perf_counter()
-    fitted = clone(estimator)
-    fitted.fit(X, **fit_params(fitted, **side))
+    fitted = fit_chain(with_kernel_shape(estimator, layout.kernel_shape), X, **side)
     tensor = compressed_tensor(fitted, X, shape=shape, dtype=dtype, layout=layout)
     kappa = getattr(steps_of(fitted)[-1][1], "kappa_", None)
     record = replace(

@@ -6,7 +6,7 @@ Those that are trained with torch are imported when first used.
 
 import importlib
 
-from skfactor.estimators.base import BaseCompressor, compressed_tensor, decoder_chain, fit_params
+from skfactor.estimators.base import BaseCompressor, compressed_tensor, decoder_chain, fit_chain, fit_params
 from skfactor.estimators.block_term import BlockTermFactorizer
 from skfactor.estimators.dictionary_factorizer import DictionaryFactorizer
 from skfactor.estimators.hierarchical_tucker import HierarchicalTuckerFactorizer
@@ -38,6 +38,7 @@ __all__ = [
     "UniformQuantizer",
     "compressed_tensor",
     "decoder_chain",
+    "fit_chain",
     "fit_params",
 ]
 

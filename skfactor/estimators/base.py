@@ -4,15 +4,17 @@
 from inspect import signature
 
 import numpy as np
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
 from skfactor._sklearn import CallbackSupport
 from skfactor._validation import check_matrix
+from skfactor.codec.linear import LinearDecoder
 from skfactor.codec.tensor import CompressedTensor, Layout
 
-__all__ = ["BaseCompressor", "compressed_tensor", "decoder_chain", "fit_params", "steps_of"]
+__all__ = ["BaseCompressor", "compressed_tensor", "decoder_chain", "fit_chain", "fit_params", "steps_of",
+           "with_kernel_shape"]
 
 
 class BaseCompressor(CallbackSupport, TransformerMixin, BaseEstimator):
@@ -128,7 +130,8 @@ def fit_params(estimator, **params):
     """Those of `params` that are not None and that `fit` accepts, under the names a Pipeline's `fit` wants.
 
     Every step of a Pipeline that accepts a parameter gets it, except that `importance` and `input_gram` describe
-    `X` itself and so reach the steps only as long as the codes before them are still values of `X`.
+    `X` itself and so reach the steps only as long as the codes before them are still values of `X`. `fit_chain`
+    takes them further.
 
     >>> from skfactor import KMeansWeightSharer
     >>> sorted(fit_params(KMeansWeightSharer(), sample_weight=[1.0], input_gram=None))
@@ -147,3 +150,98 @@ def fit_params(estimator, **params):
 def _keeps_values(step):
     """Whether the codes of a step are values in the place of those of `X`, as a pruner's are."""
     return bool(getattr(step, "codes_are_values", False))
+
+
+def fit_chain(estimator, X, **side):
+    """Fit an estimator, or the steps of a Pipeline one after the other, each for what its codes mean to the layer.
+
+    A Pipeline's `fit` gives a step nothing of what the steps before it have learnt. Behind a step that is linear in its
+    codes, `X = C B`, an error E of the codes costs tr(E B G Bᵀ Eᵀ) at the layer's output: the next step gets B G Bᵀ as
+    its `input_gram` (with G = I where none is given, unless the rows of B are orthogonal and of one length). Codes that
+    are mostly zeros keep them: then only a step with `preserve_zeros=True` gets it.
+
+    Parameters
+    ----------
+    estimator : estimator or Pipeline
+        Fitted in place.
+    X : array-like of shape (n_rows, n_columns)
+    **side : array-like or None
+        `sample_weight`, `importance` and `input_gram`, as for a single estimator. Each step gets those that its `fit`
+        accepts; `importance` one number per row behind a step that is linear in its codes.
+
+    Returns
+    -------
+    estimator : estimator or Pipeline
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklearn.pipeline import make_pipeline
+    >>> from skfactor import KMeansWeightSharer, LowRankFactorizer
+    >>> X = np.random.default_rng(0).standard_normal((8, 6))
+    >>> pipeline = make_pipeline(LowRankFactorizer(2), KMeansWeightSharer(4))
+    >>> fit_chain(pipeline, X, input_gram=np.diag([3.0, 1, 1, 1, 1, 1]))[-1].output_error_ is not None
+    True
+    """
+    steps = steps_of(estimator)
+    plain = not isinstance(estimator, Pipeline) or estimator.memory is not None
+    if plain or len(steps) < 2 or getattr(estimator, "_skl_callbacks", None):
+        return estimator.fit(X, **fit_params(estimator, **side))
+    codes = X
+    for (_, step), (_, following) in zip(steps, steps[1:]):
+        codes = step.fit_transform(codes, **fit_params(step, **side))
+        side = _side_behind(step, np.asarray(codes), side, following)
+    steps[-1][1].fit(codes, **fit_params(steps[-1][1], **side))
+    return estimator
+
+
+def _side_behind(step, codes, side, following):
+    """What is known of the codes of a fitted step, in the terms in which `side` knows its input."""
+    if _keeps_values(step):
+        return side
+    found = {k: v for k, v in side.items() if k == "sample_weight"}
+    decoder = getattr(step, "decoder_", None)
+    if not isinstance(decoder, LinearDecoder):
+        return found
+    importance = side.get("importance")
+    if importance is not None and not np.ptp(importance, axis=1).any():
+        found["importance"] = np.asarray(importance)[:, :1]
+    if 2 * np.count_nonzero(codes) >= codes.size or getattr(following, "preserve_zeros", False):
+        found["input_gram"] = _gram_of_codes(decoder.basis(), side.get("input_gram"), codes.shape[1])
+    return found
+
+
+def _gram_of_codes(basis, gram, n_codes):
+    """B G Bᵀ for rows of one or several sub-vectors C B; None where it is a multiple of the identity."""
+    m, d = basis.shape
+    parts = n_codes // m
+    if gram is None:
+        square = np.kron(np.eye(parts), basis @ basis.T)
+    else:
+        gram = np.asarray(gram, dtype=np.float64)
+        blocks = gram.reshape(-1, parts, d, parts, d)
+        blocks = np.einsum("kv,gpvqw,lw->gpkql", basis, blocks, basis, optimize=True)
+        square = blocks.reshape(*gram.shape[:-2], n_codes, n_codes)
+    mean = np.einsum("...ii->...", square).mean() / n_codes
+    return None if np.abs(square - mean * np.eye(n_codes)).max() <= 1e-4 * mean else square
+
+
+def with_kernel_shape(estimator, kernel_shape):
+    """Clone of an estimator whose `kernel_shape=None` is replaced by that of a layer.
+
+    In a Pipeline that of the steps that see values in the places of the weights; in a search, of what it searches.
+
+    >>> from skfactor import SeparableFactorizer
+    >>> with_kernel_shape(SeparableFactorizer(2), (16, 3, 3)).kernel_shape
+    (16, 3, 3)
+    """
+    estimator = clone(estimator)
+    for _, step in steps_of(estimator):
+        params = step.get_params(deep=False) if hasattr(step, "get_params") else {}
+        if "kernel_shape" in params and params["kernel_shape"] is None and params.get("tensor_shape") is None:
+            step.set_params(kernel_shape=tuple(kernel_shape))
+        elif isinstance(params.get("estimator"), BaseEstimator):
+            step.set_params(estimator=with_kernel_shape(params["estimator"], kernel_shape))
+        if not _keeps_values(step):
+            break
+    return estimator
