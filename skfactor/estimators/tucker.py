@@ -17,7 +17,7 @@ from skfactor.estimators._tensor_factorizer import (
     least_harm,
     singular_tails,
 )
-from skfactor.solvers._tensors import left_singular, tucker_ranks, unfold
+from skfactor.solvers._tensors import left_singular, mode_product, squared_sum, tucker_ranks, unfold
 from skfactor.solvers.tucker import tucker, tucker_network
 
 __all__ = ["TuckerFactorizer"]
@@ -168,30 +168,31 @@ def tucker_rank(rank, axes):
 def ranks_within_share(T, axes, n, share, n_blocks=1):
     """Ranks of `axes` whose Tucker blocks hold at most this share of the numbers of n rows; see `least_harm`.
 
-    A factor that is not there is worth more than one of nearly full rank. So ranks are sought for every set of column
-    axes that keep their full extent without a factor, and those are taken that leave out least.
+    A factor that is not there is worth more than one of nearly full rank. So ranks are sought for several sets of
+    column axes that keep their full extent without a factor, and those are taken whose higher-order SVD loses least.
     """
     full = tucker_ranks(T.shape, [T.shape[axis] for axis in axes], axes)
-    tails = []
-    for axis, rank in zip(axes, full):
-        whole = singular_tails(left_singular(unfold(T, axis))[1])
-        # a block of rank r takes part in n_blocks r of the directions
-        tails.append(whole[np.minimum(np.arange(rank + 1) * n_blocks, len(whole) - 1)])
+    spectra = [left_singular(unfold(T, axis)) for axis in axes]
+    # a block of rank r takes part in n_blocks r of the directions
+    tails = [whole[np.minimum(np.arange(rank + 1) * n_blocks, len(whole) - 1)]
+             for whole, rank in zip((singular_tails(s) for _, s in spectra), full)]
     budget = share * n * math.prod(T.shape[1:])
+    places = range(1, len(axes))
+    sizes = range(len(axes)) if len(axes) <= 4 else (0, len(axes) - 1)
     found = []
-    for size in range(len(axes)):
-        for whole in combinations(range(1, len(axes)), size):
+    for whole in (chosen for size in sizes for chosen in combinations(places, size)):
 
-            def numbers(ranks, whole=whole):
-                extents = list(T.shape)
-                for k, axis in enumerate(axes):
-                    extents[axis] = T.shape[axis] if k in whole else ranks[k]
-                factors = sum(T.shape[axis] * ranks[k] for k, axis in enumerate(axes) if k and k not in whole)
-                return n_blocks * (n * ranks[0] + math.prod(extents) + factors)
+        def numbers(ranks, whole=whole):
+            extents = list(T.shape)
+            for k, axis in enumerate(axes):
+                extents[axis] = T.shape[axis] if k in whole else ranks[k]
+            factors = sum(T.shape[axes[k]] * ranks[k] for k in places if k not in whole)
+            return n_blocks * (n * ranks[0] + math.prod(extents) + factors)
 
-            held = [tail[-2:] if k in whole else tail for k, tail in enumerate(tails)]
-            ranks = least_harm(held, numbers, budget)
-            ranks = [T.shape[axes[k]] if k in whole else rank for k, rank in enumerate(ranks)]
-            lost = sum(tails[k][rank] for k, rank in enumerate(ranks) if k not in whole)
-            found.append((numbers(ranks) > budget, lost, ranks))
+        ranks = least_harm([tail[-2:] if k in whole else tail for k, tail in enumerate(tails)], numbers, budget)
+        core = T
+        for k, (axis, (frame, _)) in enumerate(zip(axes, spectra)):
+            core = core if k in whole else mode_product(core, frame[:, : n_blocks * ranks[k]].T, axis)
+        ranks = [T.shape[axes[k]] if k in whole else rank for k, rank in enumerate(ranks)]
+        found.append((max(numbers(ranks) - budget, 0.0), -squared_sum(core), ranks))
     return tucker_ranks(T.shape, min(found)[2], axes)

@@ -56,12 +56,18 @@ def left_singular(A, rank=None):
     m, n = A.shape
     if n < m:
         U, s, _ = np.linalg.svd(A, full_matrices=False)
-        return U, s
+        return _with_signs(U), s
     values, vectors = np.linalg.eigh(A @ A.T)
     if values[-(rank or m)] > 1e-9 * values[-1]:
-        return vectors[:, ::-1], np.sqrt(np.maximum(values[::-1], 0.0))
+        return _with_signs(vectors[:, ::-1]), np.sqrt(np.maximum(values[::-1], 0.0))
     U, s, _ = np.linalg.svd(np.linalg.qr(A.T, mode="r").T)
-    return U, s
+    return _with_signs(U), s
+
+
+def _with_signs(U):
+    """The largest number of every column positive: signs do not hang on rounding."""
+    largest = np.take_along_axis(U, np.abs(U).argmax(axis=0)[None], axis=0)
+    return U * np.where(largest < 0, -1.0, 1.0)
 
 
 def tucker_ranks(shape, ranks, axes):
