@@ -16,7 +16,8 @@ from torch import nn
 from skfactor.bridge.batchnorm import leaves
 from skfactor.bridge.calibrate import evaluation, hooked, model_batches
 
-__all__ = ["LayerInputs", "describe", "example_batch", "inputs_of_layers", "latencies", "layer_latencies"]
+__all__ = ["LayerInputs", "describe", "example_batch", "inputs_of_layers", "latencies", "layer_latencies",
+           "quiet_clock"]
 
 #: Shortest time that is measured at once; a layer that is faster runs in a loop.
 LEAST_SECONDS = 0.004
@@ -24,39 +25,56 @@ REPEATS = 7
 
 
 def latencies(functions: Iterable[Callable[[], Any]], *, repeats: int = REPEATS, least_seconds: float = LEAST_SECONDS,
-              device: torch.device | None = None) -> list[float]:
+              device: torch.device | None = None, clock: Callable[[], float] | None = None) -> list[float]:
     """Seconds of one call of each function: the least of `repeats`, taken by turns after a warm-up.
 
-    What disturbs a measurement makes it longer, never shorter; and what disturbs for a while disturbs all.
+    What disturbs a measurement makes it longer, never shorter; and what disturbs for a while disturbs all. `clock` is
+    that of the wall when None.
     """
     functions = list(functions)
-    loops = [_loops(function, least_seconds, device) for function in functions]
+    stopwatch = _Stopwatch(clock or time.perf_counter, device)
+    loops = [_loops(function, least_seconds, stopwatch) for function in functions]
     best = [math.inf] * len(functions)
     for _ in range(repeats):
         for i, (function, n) in enumerate(zip(functions, loops, strict=True)):
-            best[i] = min(best[i], _seconds(function, n, device) / n)
+            best[i] = min(best[i], stopwatch(function, n) / n)
     return best
 
 
-def _loops(function, least_seconds, device) -> int:
+def _loops(function, least_seconds, stopwatch) -> int:
     """Calls that take `least_seconds` together; the first two calls are the warm-up."""
     for _ in range(2):
         function()
-    return max(1, math.ceil(least_seconds / max(1e-7, _seconds(function, 1, device))))
+    return max(1, math.ceil(least_seconds / max(1e-7, stopwatch(function, 1))))
 
 
-def _seconds(function, n, device) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    for _ in range(n):
-        function()
-    _wait(device)
-    return time.perf_counter() - start
+@dataclass(frozen=True)
+class _Stopwatch:
+    clock: Callable[[], float]
+    device: torch.device | None
+
+    def __call__(self, function: Callable[[], Any], n: int) -> float:
+        """Seconds of n calls."""
+        self._wait()
+        start = self.clock()
+        for _ in range(n):
+            function()
+        self._wait()
+        return self.clock() - start
+
+    def _wait(self) -> None:
+        if self.device is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
-def _wait(device) -> None:
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize(device)
+def quiet_clock(device: torch.device) -> Callable[[], float]:
+    """The clock that other work on the machine disturbs least.
+
+    Where one thread of the CPU does everything, that is its own time: the same as the time of the wall on an idle
+    machine, and right on a busy one, where the wall's would choose by chance.
+    """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if alone and time.get_clock_info("thread_time").resolution < 1e-6 else time.perf_counter
 
 
 def example_batch(model: nn.Module, example_inputs: Any, calibration: Any, what: str) -> tuple[tuple, dict]:
@@ -119,12 +137,13 @@ def inputs_of_layers(model: nn.Module, layers: Iterable[nn.Module],
 
 
 def layer_latencies(layers: list[nn.Module], inputs: Mapping[LayerInputs, int]) -> list[float]:
-    """Seconds that each of several layers takes for all calls of one forward pass."""
+    """Seconds that each of several layers takes for all calls of one forward pass, by the quiet clock."""
     totals = [0.0] * len(layers)
     with torch.no_grad():
         for kind, count in inputs.items():
             x = kind.tensor()
-            times = latencies([_call(layer.forward, x) for layer in layers], device=kind.device)
+            times = latencies([_call(layer.forward, x) for layer in layers], device=kind.device,
+                              clock=quiet_clock(kind.device))
             totals = [total + count * t for total, t in zip(totals, times, strict=True)]
     return totals
 

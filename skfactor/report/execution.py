@@ -32,7 +32,8 @@ class LayerExecution:
     parameters_dense, parameters_factorized : int or None
         Elements of the weight and of the weights of the chain; None where there is no chain.
     seconds_dense, seconds_factorized : float or None
-        Measured time of all calls of the layer in one forward pass; None where it was not measured.
+        Measured time of all calls of the layer in one forward pass (of one thread its CPU time, which other work on the
+        machine does not disturb); None where it was not measured.
     inputs : str
         Shape and dtype of the inputs that were measured.
     threads : int or None

@@ -102,6 +102,29 @@ def test_functions_take_turns(clock):
     assert order == ["a"] * 3 + ["b"] * 3 + ["a", "b"] * 3
 
 
+def test_work_of_others_does_not_choose(monkeypatch):
+    """With one thread its own time decides: a wall clock that stands still for one layer only changes nothing."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    cpu = torch.device("cpu")
+    assert latency.quiet_clock(cpu) in (time.thread_time, time.perf_counter)
+    thread = Clock()
+    monkeypatch.setattr(latency, "quiet_clock", lambda device: thread)
+
+    class Layer(nn.Module):
+        def __init__(self, seconds):
+            super().__init__()
+            self.takes = thread.runs(seconds)
+
+        def forward(self, x):
+            self.takes()
+
+    kind = LayerInputs.of(torch.zeros(2, 3))
+    assert latency.layer_latencies([Layer(0.5), Layer(0.25)], {kind: 3}) == [1.5, 0.75]
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert latency.quiet_clock(cpu) is time.perf_counter
+
+
 def test_cost_of_two_networks(clock, monkeypatch):
     class Timed(nn.Module):
         def __init__(self, seconds):

@@ -131,6 +131,29 @@ def test_round_trip_through_the_file(net, rules, tmp_path):
         assert file.metadata["accuracy"] == 0.9
 
 
+@pytest.mark.parametrize(("estimator", "modules"), [
+    (skfactor.TuckerFactorizer(rank=4), "Conv2d 16>4 1x1, Conv2d 4>4 3x3, Conv2d 4>16 1x1"),
+    (skfactor.TuckerFactorizer(rank=2, modes="full"), "Conv2d 16>2 1x1, Conv2d 2>2 3x3, Conv2d 2>16 1x1"),
+    (skfactor.SeparableFactorizer(rank=3), "Conv2d 16>3 3x1, Conv2d 3>16 1x3"),
+    (skfactor.SeparableFactorizer(rank=2, kind="depthwise"), "Conv2d 16>32 3x3 groups=16, Conv2d 32>16 1x1"),
+    (skfactor.TensorTrainFactorizer(rank=2), "Conv2d 16>2 3x3, Conv2d 2>16 1x1"),
+    (skfactor.HierarchicalTuckerFactorizer(rank=2), "Conv2d 16>2 3x3, Conv2d 2>16 1x1"),
+    (skfactor.DictionaryFactorizer(n_components=6, alpha=0.1), "Conv2d 16>6 3x3, Conv2d 6>16 1x1"),
+], ids=lambda value: type(value).__name__ if not isinstance(value, str) else "")
+@pytest.mark.filterwarnings("ignore:.*converge")
+def test_every_linear_factorizer(net, estimator, modules, tmp_path):
+    """Fitted for real layers, kernel shapes included, and restored from the file."""
+    rules = {"twice": estimator, "up": estimator, "*": None}
+    result = factorize(net, rules)
+    assert executions(result)["twice, again"].modules == modules
+    assert {e.execution for e in result.executions} == {"factorized"}
+    dense = Dense().eval()
+    dense.load_state_dict(result.state_dict())
+    agree(result.model, dense, torch.randn(2, 3, 8, 8))
+    fresh = skfactor.load_into(Dense(), result.save(tmp_path / "net.skf"))
+    assert same(fresh.state_dict(), result.model.state_dict())
+
+
 def test_layer_list_is_small(tmp_path):
     """Beside the same codes, a file of a factorised ResNet-20 has a few bytes more per layer than a dense one."""
     torch.manual_seed(0)
