@@ -5,8 +5,8 @@ Grid search over K and α
 
 A dictionary writes the 3 x 3 kernels of a network as sparse sums of atoms, and weight sharing lets the coefficients
 share K values. The price α of a coefficient and K trade size for error in different ways: which pair is best for a
-given error? A search measures the file of every pair. scikit-learn's ``Pipeline.score`` would give another answer, and a
-wrong one: it sees how well the *codes* can be shared, not what becomes of the kernels.
+given error? A search measures the file of every pair. scikit-learn's ``Pipeline.score`` would give another answer, and
+a wrong one: it sees how well the *codes* can be shared, not what becomes of the kernels.
 
 With the environment variable ``SKFACTOR_DATA`` the kernels are those of a ResNet-56 trained on CIFAR-10
 (``weights/cifar10_resnet56.safetensors`` in that folder); otherwise a small network is trained on the digits of
