@@ -128,6 +128,28 @@ def test_gap_is_that_of_the_definition():
     np.testing.assert_allclose(duality_gap(X, V, 0.4, codes), expected, rtol=1e-10, atol=1e-14)
 
 
+def test_float32_certificate_is_no_smaller_than_the_gap():
+    """Rounding of correlations and residuals is part of the reported gap."""
+    X, V = problem(3000, 60, 9, seed=5, dtype=np.float32)
+    exact, atoms = X.astype(np.float64), V.astype(np.float64)
+    part = _active_set.solve(_active_set.dictionary(atoms, np.float32, False), X, np.full(3000, 0.25),
+                             1e-6 * half(X), 1000)
+    codes = np.zeros((3000, 60))
+    codes[part.rows, part.atoms] = part.values
+    assert (part.gap >= (duality_gap(exact, atoms, 0.25, codes) - 1e-14) * half(X)).all()
+    assert np.median(part.gap / half(X)) <= 1e-4
+
+
+@pytest.mark.parametrize("positive", [False, True])
+def test_active_sets_solve_every_row_in_float64(positive):
+    """Sets that span the space exchange atoms; none is left to coordinate descent."""
+    X, V = problem(3000, 100, 4, seed=6)
+    part = _active_set.solve(_active_set.dictionary(V, np.float64, positive), X, np.full(3000, 1e-3), 1e-8 * half(X),
+                             1000)
+    assert len(part.failed) == 0
+    assert np.bincount(part.rows).max() == 4
+
+
 @pytest.mark.parametrize("seed", range(100))
 def test_near_duplicate_atoms_in_float32(seed):
     """Every row gets its certificate and no code is NaN, however dependent the atoms are."""
@@ -249,6 +271,14 @@ def test_sweeps_lower_the_objective_down_to_the_optimum(positive):
     codes = lasso_sweeps(X, V, 0.3, codes, 500, positive=positive)
     exact = lasso_codes(X, V, 0.3, tol=1e-12, positive=positive).codes
     np.testing.assert_allclose(objective(X, V, 0.3, codes), objective(X, V, 0.3, exact), rtol=1e-7)
+
+
+def test_sweeps_leave_atoms_of_norm_zero_out():
+    X, V = problem(10, 6, 4)
+    V[2] = 0
+    codes = lasso_sweeps(X, V, 0.1, np.ones((10, 6)), 3)
+    assert np.isfinite(codes).all()
+    assert not codes[:, 2].any()
 
 
 @pytest.mark.parametrize("positive", [False, True])
