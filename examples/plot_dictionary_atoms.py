@@ -4,8 +4,9 @@ Atoms of digits and of convolution filters
 ==========================================
 
 A dictionary writes every row as a sum of few atoms, each times a number: X ≈ UV with sparse U and rows of V of unit
-norm. The atoms of images are strokes. The atoms of a trained network's 3 x 3 kernels are edges and spots of either
-sign; 32 of them are 288 numbers for all the kernels of a network, so that what a file weighs is the codes.
+norm. The atoms of images are strokes and whole digits. The atoms of a trained network's 3 x 3 kernels are edges and
+spots of either sign; 32 of them are 288 numbers for all the kernels of a network, so that what a file weighs is the
+codes.
 
 With the environment variable ``SKFACTOR_DATA`` the kernels are those of a ResNet-56 trained on CIFAR-10
 (``weights/cifar10_resnet56.safetensors`` in that folder); otherwise a small network is trained on the digits of
