@@ -39,11 +39,12 @@ class _Chain(NamedTuple):
         return self.cost + self.price * (self.cells - n_cells)
 
 
-def best_chain(data, n_cells, price, known=None):
+def best_chain(data, n_cells, price, known=None, between=None):
     """Optimal partition of distinct sorted samples into ``n_cells`` cells, and its dual bound.
 
     Searches the price whose cheapest chain has ``n_cells`` cells, starting from ``price``. Stops early when the
-    bound reaches ``known``, the inertia of a partition that the caller already has.
+    bound reaches ``known``, the inertia of a partition that the caller already has, or when ``between`` finds the
+    partition from optimal ones with fewer and with more cells.
 
     Returns ``(borders or None, lower_bound, n_passes)``; None: the caller's partition is optimal.
     """
@@ -66,6 +67,10 @@ def best_chain(data, n_cells, price, known=None):
             fewer = chain
         else:
             more = chain
+        if between is not None:
+            borders = between(data, n_cells, fewer and fewer.borders, more and more.borders)
+            if borders is not None:
+                return borders, bound, n_pass
         price = _next_price(chain, fewer, more, n_cells, n_pass)
 
 

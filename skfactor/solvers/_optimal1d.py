@@ -19,12 +19,20 @@ from typing import NamedTuple
 import numpy as np
 
 from skfactor.solvers._chain1d import best_chain
-from skfactor.solvers._prefix import build_prefix, has_heavy_duplicates, merge_duplicates, sort_samples, sums_at
-from skfactor.solvers._windows1d import compander_borders, distinct, refine, settle
+from skfactor.solvers._prefix import (
+    SortedSamples,
+    build_prefix,
+    has_heavy_duplicates,
+    merge_duplicates,
+    sort_samples,
+    sums_at,
+)
+from skfactor.solvers._windows1d import compander_borders, distinct, interlaced, refine, settle, slide, spread
 
 _EXACT, _MIN_EXACT = 192, 4096  # samples per cell, samples: the exact chain is also the fastest way
 _GRID, _MIN_GRID = 64, 1024  # coarse samples per cell, and in all
 _GRID_ROUGH, _ROUGH = 128, 1 << 18  # the same where sampling noise or weights make the objective rough
+_FINE, _MIN_FINE = 256, 4096  # the same of a second, finer grid
 
 
 class KMeans1DResult(NamedTuple):
@@ -143,26 +151,33 @@ def optimal_borders(data, n_clusters):
     if n <= exact:
         return _exact_borders(data, n_clusters)
     rough = n <= _ROUGH or data.w is not None
-    per_cell = _GRID_ROUGH if rough else _GRID
-    grid = compander_borders(data, max(_MIN_GRID, per_cell * n_clusters))
-    _, borders, inertia, n_iter = _exact_borders(_coarse(data, grid), n_clusters)
-    window = {"tau": 1 / 16, "half": 32, "narrow": 32} if rough else {"tau": 1 / 32, "half": 16, "narrow": 12}
-    borders, n_moves = refine(data, grid[borders], inertia, **window)
+    borders, inertia, n_iter = _from_chain(data, n_clusters, _GRID_ROUGH if rough else _GRID)
+    if rough:
+        window = {"tau": 1 / 16, "half": 32, "narrow": 32}
+    else:
+        grid = compander_borders(data, max(_MIN_FINE, _FINE * n_clusters))
+        borders = spread(np.searchsorted(grid, borders))
+        borders, n_slides = slide(_coarse(data, grid), borders, inertia, _FINE, 0.5)
+        borders = grid[borders]
+        n_iter += n_slides
+        window = {"tau": 1 / (4 * _FINE), "half": 16, "narrow": 8}
+    borders, n_moves = refine(data, borders, inertia, **window)
+    n_iter += n_moves
     inner = borders[1:-1]
     if (data.x[inner - 1] == data.x[inner]).any():
         # A border inside a run of equal values cannot leave it by short moves: merge the runs.
         return optimal_borders(distinct(data), n_clusters)
-    return data, borders, 0.0, n_iter + n_moves
+    return data, borders, 0.0, n_iter
 
 
-def _exact_borders(data, n_clusters):
-    """Proven optimum over distinct samples."""
+def _exact_borders(data, n_clusters, between=None):
+    """Optimum over distinct samples; proven unless ``between`` finds it."""
     n = data.size
     if n_clusters >= n:
         return data, np.arange(n + 1), 0.0, 1
     borders = compander_borders(data, n_clusters)
     inertia = settle(data, borders, 40)[1]
-    borders, bound, n_iter = best_chain(data, n_clusters, 1.95 * inertia / n_clusters)
+    borders, bound, n_iter = best_chain(data, n_clusters, 1.95 * inertia / n_clusters, between=between)
     return data, borders, bound, n_iter
 
 
@@ -170,7 +185,15 @@ def _coarse(data, grid):
     """One weighted sample per grid cell: its mean."""
     s, t = sums_at(data, grid)
     weight = np.diff(t)
-    return build_prefix(data.origin + np.diff(s) / weight, weight, data.shift)
+    return SortedSamples(data.origin + np.diff(s) / weight, weight, s, t, data.origin, data.shift, 1)
+
+
+def _from_chain(data, n_clusters, per_cell):
+    """Borders near the optimum, of those of a coarse grid, and about their inertia."""
+    grid = compander_borders(data, max(_MIN_GRID, per_cell * n_clusters))
+    coarse = _coarse(data, grid)
+    _, borders, inertia, n_iter = _exact_borders(coarse, n_clusters, interlaced)
+    return grid[borders], inertia, n_iter
 
 
 def _certified(data, borders):

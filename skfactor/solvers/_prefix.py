@@ -11,7 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 _BLOCK = 32
+_FIRST = np.tri(_BLOCK, _BLOCK, -1, dtype=np.float32)  # row i marks the first i samples of a block
 _FEW = 2
+_DIGITS = 1e-5  # part of the sum of squares that is exact enough as a difference of sums
 _SMALL = 1 << 14  # below this every prefix sum is stored
 _LARGE = 1 << 22
 _CHUNK = 1 << 15  # samples per pass of a streaming loop: temporaries stay in the cache
@@ -144,17 +146,28 @@ def sums_at(data, p):
     if rows.size == 0:
         return s, t
     s, t = s.reshape(-1), t.reshape(-1)
-    lane = np.arange(_BLOCK)
+    q, inside = q.reshape(-1)[rows], inside.reshape(-1)[rows]
+    n_full = data.size // _BLOCK
+    last = q == n_full  # the block that is shorter
+    if last.any():
+        here = slice(n_full * _BLOCK, None)
+        v = data.x[here].astype(np.float64) - data.origin
+        wv = v if data.w is None else v * data.w[here]
+        s[rows[last]] += np.cumsum(wv)[inside[last] - 1]
+        if data.w is not None:
+            t[rows[last]] += np.cumsum(data.w[here])[inside[last] - 1]
+        rows, q, inside = rows[~last], q[~last], inside[~last]
+    blocks = data.x[: n_full * _BLOCK].reshape(n_full, _BLOCK)
     for lo in range(0, rows.size, 4096):
-        r = rows[lo : lo + 4096]
-        index = np.minimum((q.reshape(-1)[r] * _BLOCK)[:, None] + lane, data.size - 1)
-        part = lane < inside.reshape(-1)[r][:, None]
-        v = data.x[index].astype(np.float64) - data.origin
+        r, q_r, inside_r = (a[lo : lo + 4096] for a in (rows, q, inside))
+        part = _FIRST.take(inside_r, axis=0)
+        v = blocks.take(q_r, axis=0)
         if data.w is None:
-            s[r] += np.einsum("ij,ij->i", v, part.astype(np.float64))
+            v *= part
+            s[r] += np.einsum("ij->i", v, dtype=np.float64) - data.origin * inside_r
         else:
-            wv = data.w[index] * part
-            s[r] += np.einsum("ij,ij->i", v, wv)
+            wv = data.w[: n_full * _BLOCK].reshape(n_full, _BLOCK).take(q_r, axis=0) * part
+            s[r] += np.einsum("ij,ij->i", v.astype(np.float64) - data.origin, wv)
             t[r] += wv.sum(axis=1)
     return s.reshape(p.shape), t.reshape(p.shape)
 
@@ -171,16 +184,22 @@ def cell_means(data, borders):
 
 def _square_sum(d, w):
     """``sum w d^2`` without BLAS, whose threads would go on spinning between calls this short."""
-    return float(np.einsum("i,i->", d, d) if w is None else np.einsum("i,i,i->", d, d, w))
+    return float(np.einsum("i,i->", d, d, dtype=np.float64) if w is None else np.einsum("i,i,i->", d, d, w))
 
 
 def interval_inertia(data, borders, centers):
-    """``sum_i w_i (x_i - c_k)^2`` where cell k is ``borders[k]:borders[k+1]``; one streaming pass."""
+    """``sum_i w_i (x_i - c_k)^2`` where cell k is ``borders[k]:borders[k+1]`` and c_k its mean; one streaming pass."""
     total = 0.0
     counts = np.diff(borders)
     if data.size <= _CHUNK:
         d = data.x - np.repeat(centers, counts)
         return _square_sum(d, data.w)
+    if data.w is None:
+        squares = sum(_square_sum(data.x[lo : lo + _CHUNK], None) for lo in range(0, data.size, _CHUNK))
+        total = squares - float((counts * centers**2).sum())
+        if total > _DIGITS * squares:
+            return total
+        total = 0.0
     for lo in range(0, data.size, _CHUNK):
         hi = min(lo + _CHUNK, data.size)
         k0, k1 = np.searchsorted(borders, (lo, hi - 1), side="right") - 1
