@@ -62,6 +62,7 @@ class Solution(NamedTuple):
     lower_bound: float
     n_iter: int
     inertia: float | None = None  # of the nearest codes, before the centroids are rounded to the dtype of X; if known
+    codes: np.ndarray | None = None  # the nearest codes of X, if known
 
 
 class _Book(NamedTuple):
@@ -70,6 +71,7 @@ class _Book(NamedTuple):
     lower_bound: float
     n_iter: int
     inertia: float | None = None
+    codes: np.ndarray | None = None
 
 
 def split_books(A, plan):
@@ -108,8 +110,11 @@ def solve_books(X, weights, plan):
         found = [solve(x, w, plan) for x, w in zip(books, book_weights)]
         lengths = None
     codebooks = _stack([b.centers for b in found], None).astype(X.dtype)
-    inertia = found[0].inertia if len(found) == 1 else None
-    return Solution(codebooks, lengths, float(sum(b.lower_bound for b in found)), max(b.n_iter for b in found), inertia)
+    inertia = codes = None
+    if len(found) == 1:
+        inertia, codes = found[0].inertia, found[0].codes
+    return Solution(codebooks, lengths, float(sum(b.lower_bound for b in found)), max(b.n_iter for b in found), inertia,
+                    codes if codes is None else codes.reshape(len(X), -1))
 
 
 def _stack(arrays, fill):
@@ -219,7 +224,7 @@ def _solve_vectors(x, w, plan):
     # The momentum of the solver gets as far at 4 tol as plain Lloyd steps, whose tol this is, much later.
     result = kmeans(x, plan.n_clusters, rng=plan.rng, sample_weight=w, n_init=plan.n_init,
                     max_iter=max(1, plan.max_iter), tol=4 * plan.tol)
-    return _Book(result.centers, None, 0.0, result.n_iter)
+    return _Book(result.centers, None, 0.0, result.n_iter, result.inertia if w is None else None, result.labels)
 
 
 def _few_distinct_rows(x, k):

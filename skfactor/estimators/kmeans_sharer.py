@@ -194,8 +194,10 @@ class KMeansWeightSharer(CodebookCompressor):
         # without the gram a bit is weighed against the error of the weights: the mean input power makes them one unit
         start = plan if gram is None else plan._replace(lagrangian=plan.lagrangian / _mean_power(gram))
         solution = solve_books(X, weights, start)
-        codes = assign_codes(X, solution.codebooks, start, code_lengths=solution.code_lengths,
-                             importance=weights.importance)
+        codes = solution.codes
+        if codes is None:
+            codes = assign_codes(X, solution.codebooks, start, code_lengths=solution.code_lengths,
+                                 importance=weights.importance)
         inertia = known_inertia(X, solution, weights.of_error()) if gram is None else None
         lower_bound, problem, error = solution.lower_bound, None, None
         if gram is not None:

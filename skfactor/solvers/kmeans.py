@@ -84,6 +84,7 @@ class _State(NamedTuple):
     sums: np.ndarray  # (K, d)
     masses: np.ndarray  # (K,)
     inertia: float  # with respect to the means sums / masses
+    fixed: bool = False  # whether the labels are those of the nearest means
 
 
 def kmeans(X, n_clusters, *, rng, sample_weight=None, n_init=1, max_iter=100, tol=4e-4, n_threads=None):
@@ -156,8 +157,8 @@ def kmeans(X, n_clusters, *, rng, sample_weight=None, n_init=1, max_iter=100, to
         points = _points(space.rows, weights)
         best = None
         for _ in range(n_init):
-            labels, n_iter, converged = _fit(points, min(n_clusters, len(X)), rng, (max_iter, tol), pool)
-            centers, labels = _finish(X, weights, space, labels, pool)
+            labels, state, n_iter, converged = _fit(points, min(n_clusters, len(X)), rng, (max_iter, tol), pool)
+            centers, labels = _finish(X, space, state, labels, pool)
             inertia = _inertia(X, weights, centers, labels, pool)
             result = KMeansResult(centers, labels, inertia, n_iter, converged)
             if best is None or result.inertia < best.inertia:
@@ -196,8 +197,13 @@ def assign(X, centers, *, n_threads=None):
     if X.size == 0:
         return np.zeros(len(X), dtype=_label_type(len(centers)))
     with _threads(n_threads, X.size * len(centers)) as pool:
-        space = _space(X, centers.mean(axis=0))
-        return _assign(space.rows, _columns(centers, space), pool)
+        return _assign_all(X, centers, pool)
+
+
+def _assign_all(X, centers, pool):
+    """Labels of `assign`, from float64 centres."""
+    space = _space(X, centers.mean(axis=0))
+    return _assign(space.rows, _columns(centers, space), pool)
 
 
 def _check(X, n_clusters, sample_weight):
@@ -368,13 +374,14 @@ def _take(points, index):
     return _Points(points.rows[index], weights, points.norms[index])
 
 
-def _finish(X, weights, space, labels, pool):
+def _finish(X, space, state, labels, pool):
     """Centres in the units of X, and the labels against all of them; clusters that stay empty are left out."""
-    state = _group(_Points(space.rows, weights, np.zeros(1)), labels, int(labels.max()) + 1)
     full = state.masses > 0
     means = state.sums[full] / state.masses[full, None]
     centers = (means / space.scale + space.shift).astype(X.dtype)
-    labels = _assign(space.rows, _columns(centers.astype(np.float64), space), pool)
+    if state.fixed and full.all() and X.shape[1] >= _LONG_ROW:
+        return centers, labels  # rounding the centres exchanges no labels of long rows
+    labels = _assign_all(X, centers.astype(np.float64), pool)
     used = np.bincount(labels, minlength=len(centers)) > 0
     if not used.all():
         labels = (np.cumsum(used) - 1)[labels]
@@ -396,13 +403,13 @@ def _inertia(X, weights, centers, labels, pool):
 
 
 def _fit(points, n_clusters, rng, stop, pool):
-    """Labels after k-means++ and Lloyd on nested subsets; iterations of all subsets; whether the last converged."""
+    """Labels and state after k-means++ and Lloyd on nested subsets; iterations of all; whether the last converged."""
     n, n_columns = len(points.rows), points.rows.shape[1] - 1
     if n_columns >= _LONG_ROW:
-        labels, n_first, _ = _fit(_sketch(points, rng), n_clusters, rng, (stop[0], max(stop[1], _SUBSET_TOL)), pool)
+        labels, _, n_first, _ = _fit(_sketch(points, rng), n_clusters, rng, (stop[0], max(stop[1], _SUBSET_TOL)), pool)
         state = _group(points, labels, int(labels.max()) + 1)
-        state, n_iter, converged = _lloyd(points, state, _means(state), stop, pool)
-        return state.labels, n_first + n_iter, converged
+        state, n_iter, converged = _lloyd(points, state, None, stop, pool)
+        return state.labels, state, n_first + n_iter, converged
     sizes = [n]
     while sizes[0] // 4 >= max(16 * n_clusters, _FIRST):
         sizes.insert(0, sizes[0] // 4)
@@ -422,7 +429,7 @@ def _fit(points, n_clusters, rng, stop, pool):
         labels, state, steps, converged = _improve(subset, centers, (stop[0], tol), pool)
         centers = _means(state)
         n_iter += steps
-    return labels, n_iter, converged
+    return labels, state, n_iter, converged
 
 
 def _subset_start(first, second, n_clusters, rng, stop, pool):
@@ -463,9 +470,14 @@ def _means(state):
 
 
 def _lloyd(points, state, centers, stop, pool):
-    """Lloyd with momentum from a state that `centers` gave until the inertia falls by less than `tol`, relatively."""
+    """Lloyd with momentum until the inertia falls by less than `tol`, relatively.
+
+    `centers` gave the state; None: others did, and the first step is a plain one.
+    """
     max_iter, tol = stop
-    before, plain = None, False
+    before, plain = None, centers is None
+    if plain:
+        centers = _means(state)
     for n_iter in range(1, max_iter + 1):
         means = np.where(state.masses[:, None] > 0, _means(state), centers)
         target = means
@@ -475,7 +487,7 @@ def _lloyd(points, state, centers, stop, pool):
                 target += _MOMENTUM * (means - before)
         labels = _assign_near(points, state, _augment(target, points.rows.dtype), pool)
         if plain and np.array_equal(labels, state.labels):
-            return state, n_iter, True
+            return state._replace(fixed=True), n_iter, True
         new = _refill(points, _group(points, labels, len(centers)))
         if new.inertia >= state.inertia:
             if plain:
