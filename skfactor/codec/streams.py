@@ -240,11 +240,11 @@ def _encode_codes_chunks(codes, n_symbols, *, coder="auto", zero=None, kernel=1)
 
 
 def _store_masked(array: np.ndarray, kernel: int) -> _Stored | None:
-    """Mask of what is not +0.0 and the values there, if at least an eighth is zero."""
+    """Mask of what is not +0.0 and the values there, if enough is zero that a mask can pay."""
     bits = bits_of(array)
     mask = bits != 0
     n_values = int(np.count_nonzero(mask))
-    if 8 * (array.size - n_values) < array.size or array.size < 64:
+    if 50 * (array.size - n_values) < array.size or array.size < 64:
         return None
     mask_names, streams = _encode_codes_chunks(
         mask.view(np.uint8).reshape(_matrix_shape(array.shape)), 2, zero=0, kernel=kernel)

@@ -158,7 +158,8 @@ def fit_chain(estimator, X, **side):
     A Pipeline's `fit` gives a step nothing of what the steps before it have learnt. Behind a step that is linear in its
     codes, `X = C B`, an error E of the codes costs tr(E B G Bᵀ Eᵀ) at the layer's output: the next step gets B G Bᵀ as
     its `input_gram` (with G = I where none is given, unless the rows of B are orthogonal and of one length). Codes that
-    are mostly zeros keep them: then only a step with `preserve_zeros=True` gets it.
+    are mostly zeros keep them: then only a step with `preserve_zeros=True` gets it. A step whose parameters do not go
+    with such a gram is fitted without.
 
     Parameters
     ----------
@@ -187,12 +188,24 @@ def fit_chain(estimator, X, **side):
     plain = not isinstance(estimator, Pipeline) or estimator.memory is not None
     if plain or len(steps) < 2 or getattr(estimator, "_skl_callbacks", None):
         return estimator.fit(X, **fit_params(estimator, **side))
-    codes = X
+    codes, derived = X, False
     for (_, step), (_, following) in zip(steps, steps[1:]):
-        codes = step.fit_transform(codes, **fit_params(step, **side))
+        codes = _fitted(step.fit_transform, step, codes, side, derived)
         side = _side_behind(step, np.asarray(codes), side, following)
-    steps[-1][1].fit(codes, **fit_params(steps[-1][1], **side))
+        derived = derived or not _keeps_values(step)
+    _fitted(steps[-1][1].fit, steps[-1][1], codes, side, derived)
     return estimator
+
+
+def _fitted(method, step, X, side, derived):
+    """`method(X, **side)` with what the step accepts; without a derived gram that its parameters do not go with."""
+    params = fit_params(step, **side)
+    try:
+        return method(X, **params)
+    except ValueError:
+        if not (derived and "input_gram" in params):
+            raise
+    return method(X, **{k: v for k, v in params.items() if k != "input_gram"})
 
 
 def _side_behind(step, codes, side, following):

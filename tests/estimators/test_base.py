@@ -91,6 +91,25 @@ def test_codes_of_zeros_keep_them():
         assert (recorder.given_["input_gram"] is not None) == given
 
 
+class NoGram(Recorder):
+    """Its parameters do not go with a gram."""
+
+    def fit(self, X, y=None, input_gram=None):
+        if input_gram is not None:
+            raise ValueError("no input_gram, please")
+        return super().fit(X)
+
+
+def test_a_step_that_cannot_use_a_derived_gram_is_fitted_without():
+    B, X = np.random.default_rng(5).standard_normal((4, 24)), filters()
+    fit_chain(make_pipeline(Fixed(B), NoGram()), X)
+    fit_chain(make_pipeline(Fixed(B), NoGram()), X, input_gram=np.eye(24))
+    with pytest.raises(ValueError, match="no input_gram, please"):  # the user's own is not dropped
+        fit_chain(make_pipeline(NoGram(), Recorder()), X, input_gram=np.eye(24))
+    with pytest.raises(ValueError, match="no input_gram, please"):
+        fit_chain(make_pipeline(MagnitudePruner(), NoGram()), X, input_gram=np.eye(24))
+
+
 def test_importance_and_weights():
     X, G = filters(), np.eye(24)
     rows, elements, weights = np.linspace(1, 2, 16)[:, None], np.abs(X), np.ones(16)
