@@ -56,7 +56,7 @@ class AutoencoderCompressor(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
 
     Parameters
     ----------
-    hidden_layer_sizes : tuple of int, default=(128,)
+    hidden_layer_sizes : tuple of int, or int, default=(128,)
         Widths of the encoder's hidden layers; the decoder mirrors them. With () both are linear.
     latent_dim : int, default=16
         Codes per row, or per sub-vector.
@@ -148,7 +148,7 @@ class AutoencoderCompressor(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
     """
 
     _parameter_constraints: dict = {
-        "hidden_layer_sizes": ["array-like"],
+        "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
         "latent_dim": [Interval(Integral, 1, None, closed="left")],
         "activation": [StrOptions(set(ACTIVATIONS))],
         "vector_size": [Interval(Integral, 1, None, closed="left"), None],
@@ -319,7 +319,8 @@ class AutoencoderCompressor(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
         return min(max(n_rows // _AUTO_BATCHES, _SMALLEST_AUTO_BATCH), _LARGEST_AUTO_BATCH)
 
     def _sizes(self, width):
-        hidden = tuple(self.hidden_layer_sizes)
+        one = isinstance(self.hidden_layer_sizes, Integral)
+        hidden = (self.hidden_layer_sizes,) if one else tuple(self.hidden_layer_sizes)
         if not all(isinstance(n, Integral) and n >= 1 for n in hidden):
             raise ValueError(f"hidden_layer_sizes must be integers of at least 1, got {self.hidden_layer_sizes!r}")
         return [width, *map(int, hidden), self.latent_dim, *map(int, hidden[::-1]), width]
@@ -412,7 +413,7 @@ class _Optimizer(NamedTuple):
     name: str
     rate: float
     decay: float
-    state: list | None
+    state: dict | None
 
 
 class _Progress:
@@ -439,9 +440,9 @@ class _Progress:
 class _Trainer:
     """A network on a device, its gradients, buffers and optimiser.
 
-    All weights are views of one vector and all biases of another: the optimiser then updates two tensors. Batches are
-    gathered into buffers that are made once, and gradients are written by hand into their place, so that a pass
-    allocates nothing.
+    All weights and biases are views of one vector, so that the optimiser updates a single tensor. Batches are gathered
+    into buffers that are made once, and gradients are written by hand into their place, so that a pass allocates next
+    to nothing.
     """
 
     def __init__(self, layers, activation, S, row_weights, batch_size, optimizer, device):
@@ -454,12 +455,12 @@ class _Trainer:
         self.n_rows, self.batch_size, self.device = len(S), batch_size, device
         self.shapes = [W.shape for W in layers.weights]
         self.linear = {len(self.shapes) // 2 - 1, len(self.shapes) - 1}  # layers without activation: codes and output
-        self.parameters = [torch.from_numpy(np.concatenate([np.ravel(a) for a in part]).astype(np.float32)).to(device)
-                           for part in (layers.weights, layers.biases)]
-        for p in self.parameters:
-            p.grad = torch.zeros_like(p)
+        flat = np.concatenate([np.ravel(a) for part in layers for a in part]).astype(np.float32)
+        self.parameters = torch.from_numpy(flat).to(device)
+        self.parameters.grad = torch.zeros_like(self.parameters)
         self.weights, self.biases = self._views(self.parameters)
-        self.weight_grads, self.bias_grads = self._views([p.grad for p in self.parameters])
+        self.weight_grads, self.bias_grads = self._views(self.parameters.grad)
+        self.decay = optimizer.decay
         self.optimizer = self._make_optimizer(optimizer)
         chunk = min(batch_size, _CHUNK_ROWS, self.n_rows)
         widths = [self.shapes[0][0], *(n_out for _, n_out in self.shapes)]
@@ -467,37 +468,35 @@ class _Trainer:
         self.outputs, self.deltas = ([torch.empty((chunk, n), **single) for n in widths] for _ in range(2))
         self.ones = torch.ones(chunk, **single)
 
-    def _views(self, vectors):
-        """Matrices and bias vectors that share memory with the two flat vectors."""
-        matrices = torch.split(vectors[0], [a * b for a, b in self.shapes])
-        biases = torch.split(vectors[1], [b for _, b in self.shapes])
-        return [m.view(shape) for m, shape in zip(matrices, self.shapes)], list(biases)
+    def _views(self, vector):
+        """Matrices and bias vectors that share memory with the flat vector."""
+        n = len(self.shapes)
+        parts = torch.split(vector, [a * b for a, b in self.shapes] + [b for _, b in self.shapes])
+        return [m.view(shape) for m, shape in zip(parts[:n], self.shapes)], list(parts[n:])
 
     def _make_optimizer(self, optimizer):
-        groups = [{"params": [p], "weight_decay": d} for p, d in zip(self.parameters, (optimizer.decay, 0.0))]
         if optimizer.name == "adam":
-            made = torch.optim.Adam(groups, lr=optimizer.rate, fused=True)
+            made = torch.optim.Adam([self.parameters], lr=optimizer.rate, fused=True)
         else:
-            made = torch.optim.SGD(groups, lr=optimizer.rate, momentum=0.9, nesterov=True)
-        for p, state in zip(self.parameters, optimizer.state or ()):
-            made.state[p] = {k: torch.from_numpy(v.copy()).to(self.device) for k, v in state.items()}
+            made = torch.optim.SGD([self.parameters], lr=optimizer.rate, momentum=0.9, nesterov=True)
+        if optimizer.state:
+            made.state[self.parameters] = {k: torch.from_numpy(v.copy()).to(self.device)
+                                           for k, v in optimizer.state.items()}
         return made
 
     def optimizer_state(self):
-        """State of the optimiser as numpy arrays, one dict for weights and one for biases."""
-        return [{k: v.detach().cpu().numpy().copy() for k, v in self.optimizer.state[p].items()}
-                for p in self.parameters]
+        """State of the optimiser as numpy arrays by name."""
+        return {k: v.detach().cpu().numpy().copy() for k, v in self.optimizer.state[self.parameters].items()}
 
     def divide_rate(self, factor):
         for group in self.optimizer.param_groups:
             group["lr"] /= factor
 
     def snapshot(self):
-        return [p.clone() for p in self.parameters]
+        return self.parameters.clone()
 
     def restore(self, snapshot):
-        for p, value in zip(self.parameters, snapshot):
-            p.copy_(value)
+        self.parameters.copy_(snapshot)
 
     def layers(self):
         """Weights and biases as numpy arrays of their own."""
@@ -513,6 +512,9 @@ class _Trainer:
                 rows = batch[first : first + len(self.ones)]
                 total += self._forward(rows)
                 self._backward(len(rows), 2.0 / (len(batch) * self.X.shape[1]), accumulate=first > 0)
+            if self.decay:
+                for gradient, W in zip(self.weight_grads, self.weights):
+                    gradient.add_(W, alpha=self.decay)
             self.optimizer.step()
         return float(total) / (len(order) * self.X.shape[1])
 

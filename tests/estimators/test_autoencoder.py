@@ -78,12 +78,13 @@ def test_a_curve_needs_one_code(activation):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_gradients_are_those_of_autograd(activation, weighted):
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_gradients_are_those_of_autograd(activation, weighted, decay):
     rng = np.random.RandomState(0)
     S = rng.standard_normal((9000, 5)).astype(np.float32)  # more rows than go through at once
     weights = rng.uniform(0, 2, 9000) if weighted else None
     layers = random_start([5, 7, 6, 3, 6, 7, 5], activation, rng)
-    trainer = _Trainer(layers, activation, S, weights, 9000, _Optimizer("sgd", 0.0, 0.0, None), torch.device("cpu"))
+    trainer = _Trainer(layers, activation, S, weights, 9000, _Optimizer("sgd", 0.0, decay, None), torch.device("cpu"))
     loss = trainer.run_pass(torch.arange(9000))
 
     parameters = [[torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in part] for part in layers]
@@ -94,7 +95,7 @@ def test_gradients_are_those_of_autograd(activation, weighted):
         h = h if i in (2, 5) else functions[activation](h)
     w = 1.0 if weights is None else torch.from_numpy(weights / weights.mean())[:, None]
     expected = (w * (h - torch.from_numpy(S).double()) ** 2).mean()
-    expected.backward()
+    (expected + decay / 2 * sum((W**2).sum() for W in parameters[0])).backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for found, part in zip((trainer.weight_grads, trainer.bias_grads), parameters):
         for a, p in zip(found, part):
@@ -311,6 +312,17 @@ def test_wrong_parameters(params, X, message):
     assert "\n" not in str(caught.value)
 
 
+def test_weight_decay_shrinks_weights(digits):
+    free, decayed = (AutoencoderCompressor((16,), 4, alpha=a, max_iter=20, init="random", random_state=0).fit(digits)
+                     for a in (0.0, 50.0))
+    assert sum(np.square(W).sum() for W in decayed.coefs_) < 0.8 * sum(np.square(W).sum() for W in free.coefs_)
+
+
+def test_one_hidden_layer_may_be_an_int():
+    fits = [AutoencoderCompressor(h, 1, max_iter=2, random_state=0).fit(curve(30)) for h in (6, (6,))]
+    same_weights(*fits)
+
+
 def test_warm_start_with_other_layers_is_refused():
     autoencoder = AutoencoderCompressor((4,), 1, max_iter=1, warm_start=True).fit(curve(30))
     with pytest.raises(ValueError, match=r"the layers must be those of the fit before, \[4, 4, 1, 4, 4\]"):
@@ -325,8 +337,8 @@ def test_absent_gpu_is_named():
 
 
 def test_other_estimators_do_not_import_torch():
-    code = ("import sys, skfactor.estimators; from skfactor import KMeansWeightSharer; print('torch' in sys.modules); "
-            "from skfactor.estimators import AutoencoderCompressor; print('torch' in sys.modules)")
+    code = ("import sys, skfactor.estimators as e; from skfactor import KMeansWeightSharer; "
+            "print('torch' in sys.modules, 'AutoencoderCompressor' in e.__all__)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           cwd=Path(__file__).resolve().parents[2])
     assert done.stdout.split() == ["False", "True"]
