@@ -33,7 +33,7 @@ from skfactor.solvers.whitening import Whitening
 __all__ = ["DictionaryFactorizer"]
 
 # Rows from which mini-batches are used with batch_size="auto", and the rows of one.
-_MANY_ROWS, _BATCH = 16384, 512
+_MANY_ROWS, _BATCH = 16384, 1024
 # Rows on which a fit by mini-batches is judged.
 _N_JUDGED = 16384
 
@@ -74,11 +74,12 @@ class DictionaryFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
         "root": the course's :math:`\|X-UV\|_F + \alpha\|U\|_1`, the norm not squared.
     batch_size : int, "auto" or None, default="auto"
         Rows (sub-vectors) of a mini-batch. None uses all rows in each iteration; "auto" does so below 16384 rows, and
-        takes 512 above.
+        takes 1024 above.
     max_iter : int, default=500
         Most iterations; with mini-batches, most passes over the rows.
     tol : float, default=1e-5
-        Iterations end when one lowers the objective by less than this fraction, on average.
+        Iterations end when one lowers the objective by less than this fraction, on average; a mini-batch by less than
+        ten times as much.
     n_init : int, default=1
         Starts, of which the best is kept. Not with mini-batches, where starts matter little.
     warm_start : bool, default=False
@@ -111,6 +112,8 @@ class DictionaryFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
         Certificate of the atoms: norm of the gradient in V along the unit spheres, relative to :math:`\|U^TX\|_F`.
     density_ : float
         Share of the codes that are not zero.
+    output_error_ : float or None
+        Squared error of the layer's output, when `input_gram` was given.
     n_iter_ : int
         Iterations; with mini-batches, evaluations of the objective.
     n_features_in_ : int
@@ -212,6 +215,7 @@ class DictionaryFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
 
         fitted = self._as_if_fitted(task, found.components, X.dtype, found.alpha)
         fitted |= self._judged(X, weights, fitted["_coder"], task)
+        fitted["output_error_"] = None if gram is None else self._output_error(X, weights, fitted["_coder"], gram)
         for name, value in fitted.items():
             setattr(self, name, value)
         self.alpha_max_ = task.alpha_max
@@ -256,6 +260,7 @@ class DictionaryFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
             setattr(self, name, value)
         for name, value in self._judged(X, weights, self._coder, task).items():
             setattr(self, name, value)
+        self.output_error_ = None
         self.alpha_max_ = max(self.alpha_max_, task.alpha_max)
         self.n_iter_ += 1
         previous = np.zeros(0) if first else self.objective_trace_
@@ -402,6 +407,11 @@ class DictionaryFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
                 "duality_gap_": math.nan if coder.n_nonzero else (gap / objective if objective > 0 else 0.0),
                 "density_": float(np.count_nonzero(codes[used]) / max(1, codes[used].size)),
                 "stationarity_": stationarity(V, weighted @ U, weighted @ rows, positive=self.positive_dict)}
+
+    def _output_error(self, X, weights, coder, gram):
+        """Squared error of the layer's output, with the gram as it was given."""
+        errors = coder._replace(grams=gram).costs(X, coder.codes(X)).squared_error
+        return float(errors.sum() if weights is None else weights @ errors)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

@@ -12,12 +12,14 @@ from skfactor.solvers.omp import omp_codes
 
 __all__ = ["Coding", "OnlineState", "learn_online", "online_step", "start_online"]
 
-# Weight of the past after step t is (t / (t + 1)) ** _FORGETTING: only the last tenth of the steps counts much.
-_FORGETTING = 10.0
+# Weight of the past after step t is (t / (t + 1)) ** _FORGETTING: only the last twentieth of the steps counts much.
+_FORGETTING = 20.0
 # Codes of a batch are solved to this duality gap.
 _GAP = 1e-4
 # Rows on which the objective is followed, and the step of its first evaluation; the steps between double.
-_N_PROBE, _FIRST_PROBE = 4096, 32
+_N_PROBE, _FIRST_PROBE = 4096, 16
+# Steps end when one lowers the objective by less than this many times `tol`: a step costs little.
+_COARSER = 10
 # An atom used less than this part of the mean use is replaced.
 _DEAD = 1e-7
 
@@ -119,8 +121,8 @@ def learn_online(X, V, alpha, *, rng, sample_weight=None, options, callback=None
     rng : numpy.random.Generator or RandomState
     sample_weight : ndarray of shape (n,), default=None
     options : DictionaryOptions
-        `max_iter` counts passes over all rows. The objective is evaluated after 32, 64, 128, ... steps, on at most 4096
-        rows; the iterations end when it fell by less than `tol` for each step in between.
+        `max_iter` counts passes over all rows. The objective is evaluated after 16, 32, 64, ... steps, on at most 4096
+        rows; the iterations end when it fell by less than ten times `tol` for each step in between.
     callback : callable, default=None
         ``callback(V)`` at each evaluation; True ends the fit.
 
@@ -157,7 +159,7 @@ def learn_online(X, V, alpha, *, rng, sample_weight=None, options, callback=None
         trace.append(objective)
         if callback and callback(state.V):
             return *best, trace, False
-        if len(trace) > 1 and trace[-2] - trace[-1] <= options.tol * (step // 2) * trace[-1]:
+        if len(trace) > 1 and trace[-2] - trace[-1] <= _COARSER * options.tol * (step // 2) * trace[-1]:
             return *best, trace, True
         evaluate_at *= 2
     return *best, trace, False

@@ -14,8 +14,8 @@ import numpy as np
 from scipy.linalg import solve_triangular
 
 from skfactor.solvers._atoms import canonical_rows, draw_rows, stationarity, unit_rows, update_atoms
-from skfactor.solvers._coordinate import sweep_in_place
 from skfactor.solvers._dictionary_online import Coding, OnlineState, learn_online, online_step, start_online
+from skfactor.solvers._sweep import sweep_codes
 from skfactor.solvers.omp import omp_codes
 
 __all__ = ["Coding", "Dictionary", "DictionaryOptions", "OnlineState", "canonical_rows", "learn_dictionary",
@@ -27,8 +27,8 @@ _N_SWEEPS, _MOMENTUM, _GROWTH = 2, 0.9, 0.1
 _WINDOW = 5
 # Iterations after which unused atoms are replaced; a replacement needs some to find its place.
 _REPLACE_EVERY, _DEAD = 10, 1e-7
-# Codes up to which float64 costs nothing that could be noticed.
-_SMALL = 1 << 15
+# Codes up to which float64 costs nothing that could be noticed, and tolerance below which float32 is too coarse.
+_SMALL, _FINE = 1 << 15, 1e-6
 # Added to the diagonal of X X' before it is factored, relative to its mean.
 _RIDGE = 1e-12
 
@@ -152,7 +152,8 @@ def learn_dictionary(X, n_components, alpha, *, rng, sample_weight=None, init=No
     options = options or DictionaryOptions()
     X, weights = _check(X, n_components, alpha, sample_weight, init)
     unit = _power_of_two(X)
-    dtype = np.float64 if len(X) * n_components <= _SMALL else X.dtype.type
+    small = len(X) * n_components <= _SMALL
+    dtype = np.float64 if small or (options.tol < _FINE and X.dtype == np.float64) else np.float32
     rows = X.astype(dtype) / dtype(unit)
     price = alpha if options.root else alpha / unit
     start = None if init is None else unit_rows(np.asarray(init, dtype=dtype))
@@ -241,7 +242,7 @@ def _step(problem, V, state):
 
 def _swept_codes(problem, V, state):
     codes_t, alpha = state.codes_t.copy(), _price(problem, state)
-    sweep_in_place(codes_t, V @ problem.X_t, V @ V.T, V.dtype.type(alpha), _N_SWEEPS, problem.options.positive_code)
+    sweep_codes(codes_t, V @ problem.X_t, V @ V.T, alpha, _N_SWEEPS, positive=problem.options.positive_code)
     return codes_t
 
 
