@@ -112,7 +112,7 @@ class NetworkCost:
 
     def footnotes(self) -> list[str]:
         """What was measured, and how."""
-        return [f"inputs {', '.join(self.inputs)}; {_place(self.device, self.threads)}, eager; "
+        return [f"inputs {', '.join(self.inputs)}; {_place(self.device, self.threads)}; "
                 f"least of {self.repeats} repeats, by turns"]
 
     def __str__(self) -> str:
@@ -149,7 +149,7 @@ def execution_footnotes(layers: tuple[LayerExecution, ...]) -> list[str]:
     """What the latencies of a table of layers are; empty without."""
     timed = [layer for layer in layers if layer.seconds_dense is not None]
     places = sorted({_place(layer.device, layer.threads) for layer in timed})
-    return [f"ms: all calls of the layer in one forward pass with these inputs; {', '.join(places)}, eager; "
+    return [f"ms: all calls of the layer in one forward pass with these inputs; {', '.join(places)}; "
             "the least of several repeats, by turns"] if timed else []
 
 
