@@ -22,7 +22,9 @@ DEFAULT_RULE = "*=kmeans:n_clusters=32"
 
 #: name in a rule -> class in `skfactor.estimators`; a new estimator is one more line
 METHODS = {
+    "autoencoder": "AutoencoderCompressor",
     "blockterm": "BlockTermFactorizer",
+    "dictionary": "DictionaryFactorizer",
     "htucker": "HierarchicalTuckerFactorizer",
     "kmeans": "KMeansWeightSharer",
     "lowrank": "LowRankFactorizer",

@@ -27,7 +27,7 @@ MATRICES = {
     "zeros": np.zeros((12, 16), np.float32),
     "minus zero": np.where(weights_matrix() == 0, np.float32(-0.0), weights_matrix()),
     "sparse": np.where(np.abs(weights_matrix()) < 0.08, 0, weights_matrix()).astype(np.float32),
-    "large": 1e30 * weights_matrix(),
+    "large": np.float32(1e12) * weights_matrix(),
 }
 
 
