@@ -224,7 +224,8 @@ class TestCanonicalRows:
         repeated = np.repeat(X, counts, axis=0)
         shuffled = rng(2).permutation(len(repeated))
         results = [canonical_rows(X, counts.astype(float)), canonical_rows(repeated),
-                   canonical_rows(repeated[shuffled]), canonical_rows(repeated.astype(np.float64)), canonical_rows(repeated * np.float32(2.0**-40))]
+                   canonical_rows(repeated[shuffled]), canonical_rows(repeated.astype(np.float64)),
+                   canonical_rows(repeated * np.float32(2.0**-40))]
         expected = results[0][0].astype(np.float64) / np.abs(results[0][0]).max()
         for rows, weights in results:
             rows = rows.astype(np.float64)
