@@ -134,7 +134,7 @@ def table(found):
     e = found["environment"]
     return "\n".join([*lines, "", f"CPU time of one thread, {e['cpu']}, torch {e['versions']['torch']}, eager, "
                       "float32; least of the repeats. Parameters, MACs and times in brackets: dense over factorised; "
-                      "parameters and MACs are those with all layers factorised."])
+                      "parameters and MACs are those with all layers factorised.", *found["notes"]])
 
 
 def main():
@@ -154,7 +154,7 @@ def main():
     networks = {"ResNet-8": lambda: resnet(1)} if args.tiny else NETWORKS
     batches = (2,) if args.tiny else (1, 32)
     found = {"description": __doc__, "environment": environment(), "settings": {"threads": 1, "repeats": args.repeats},
-             "rows": []}
+             "notes": [], "rows": []}
     kept = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
     for name, make in networks.items():
         torch.manual_seed(0)
