@@ -6,8 +6,8 @@ from scipy.sparse import csr_array
 
 from skfactor.solvers._row_threads import row_map
 
-# Numbers of one block of correlations: it stays in the cache through all steps.
-_SCORES = 1 << 18
+# Bytes of the correlations and bases of one block of rows: they stay in the cache through all steps.
+_BLOCK_BYTES = 1 << 20
 # An atom of which less than this part of the squared norm, in units of the rounding, is outside the span of the chosen
 # ones depends on them.
 _DEPENDENT = 64
@@ -62,7 +62,7 @@ def omp_codes(X, V, n_nonzero, *, positive=False, tol=0.0, n_threads=None):
     depth = int(min(n_nonzero, *V.shape))
     longest = np.sqrt(np.square(V, dtype=np.float64).sum(axis=1).max())
     atoms = (V / (longest or 1)).astype(X.dtype)
-    step = max(16, _SCORES // K)
+    step = max(16, _BLOCK_BYTES // (X.itemsize * (K + depth * X.shape[1])))
     blocks = [slice(start, min(start + step, n)) for start in range(0, n, step)]
     indices = np.zeros((n, depth), dtype=np.int32)
     values = np.zeros((n, depth), dtype=X.dtype)
