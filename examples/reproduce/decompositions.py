@@ -16,6 +16,7 @@ import json
 import platform
 import time
 import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -65,12 +66,22 @@ def measure(folder, network, method, share, calibrated):
         result = skfactor.compress(model, rules, calibration=inputs, progress=False)
     seconds = time.process_time() - start
     stored = sum(numbers(result.tensors[f"{name}.weight"]) for name in layers)
-    images, labels = test_set(folder, network)
+    images, labels = images_of(folder, network)
     return {"network": network, "method": method, "share": share, "calibrated": calibrated,
             "weights": sum(w.numel() for w in layers.values()), "stored": int(stored),
-            "accuracy_before": round(accuracy(model, images, labels), 2),
+            "accuracy_before": accuracy_before(folder, network),
             "accuracy": round(accuracy(result.model, images, labels), 2), "cpu_seconds": round(seconds, 1),
             "test_images": len(labels)}
+
+
+@cache
+def images_of(folder, network):
+    return test_set(folder, network)
+
+
+@cache
+def accuracy_before(folder, network):
+    return round(accuracy(original(folder, network), *images_of(folder, network)), 2)
 
 
 def numbers(tensor):
@@ -119,7 +130,7 @@ def main():
         args.docs.write_text(f"{head}{BEGIN}\n{table(found['rows'])}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
         return
     folder = data_folder(args.data)
-    todo = [(n, m, s, c) for n in args.only for m in args.methods for s in SHARES for c in (False, True)]
+    todo = [(n, m, s, c) for n in args.only for s in SHARES for m in args.methods for c in (False, True)]
     for setting in todo:
         # read again: another run may have added rows meanwhile
         found = json.loads(args.json.read_text()) if args.json.exists() else {"rows": []}

@@ -11,6 +11,7 @@ from skfactor.estimators._tensor_factorizer import RANK, SHAPE, TensorFactorizer
 from skfactor.estimators.tucker import framed_axes, ranks_within_share, tucker_rank
 from skfactor.solvers._tensors import tucker_ranks
 from skfactor.solvers.block_term import block_terms
+from skfactor.solvers.tucker import without_useless_factors
 
 __all__ = ["BlockTermFactorizer"]
 
@@ -57,7 +58,7 @@ class BlockTermFactorizer(TensorFactorizer):
     Attributes
     ----------
     ranks_ : tuple of int
-        Of the rows and of the column axes of a block.
+        Of the rows and of the column axes of a block. A factor that would save no numbers is multiplied into the core.
     tensor_shape_ : tuple of int
     error_bound_ : None
         The method has no bound.
@@ -126,7 +127,7 @@ class BlockTermFactorizer(TensorFactorizer):
             chosen = ranks or ranks_within_share(T, axes, n, self.rank, self.n_blocks)
             found = block_terms(T, self.n_blocks, chosen, axes, n_init=self.n_init, tol=self.tol,
                                 max_iter=self.max_iter, rng=rng)
-            return found.networks, None, 1 + found.n_iter
+            return tuple(map(without_useless_factors, found.networks)), None, 1 + found.n_iter
 
         return decompose
 

@@ -18,7 +18,7 @@ from skfactor.estimators._tensor_factorizer import (
     singular_tails,
 )
 from skfactor.solvers._tensors import left_singular, mode_product, squared_sum, tucker_ranks, unfold
-from skfactor.solvers.tucker import tucker, tucker_network
+from skfactor.solvers.tucker import tucker, tucker_network, without_useless_factors
 
 __all__ = ["TuckerFactorizer"]
 
@@ -62,7 +62,7 @@ class TuckerFactorizer(TensorFactorizer):
     Attributes
     ----------
     ranks_ : tuple of int
-        Of the rows and of the column axes.
+        Of the rows and of the column axes. A factor that would save no numbers is multiplied into the core.
     tensor_shape_ : tuple of int
     error_bound_ : float or None
         Sum of the squared singular values that the higher-order SVD leaves out, which the squared error does not
@@ -129,9 +129,8 @@ class TuckerFactorizer(TensorFactorizer):
         def decompose(T):
             chosen = ranks or ranks_within_share(T, axes, n, self.rank)
             found = tucker(T, chosen, axes, tol=self.tol, max_iter=self.max_iter)
-            kept = [k for k, U in zip(axes[1:], found.frames[1:]) if U.shape[1] < U.shape[0]]
-            frames = dict(zip(axes, found.frames))
-            return [tucker_network(found.core, [frames[k] for k in kept], kept)], found.bound, 1 + found.n_iter
+            network = tucker_network(found.core, found.frames[1:], axes[1:])
+            return [without_useless_factors(network)], found.bound, 1 + found.n_iter
 
         return decompose
 

@@ -8,7 +8,7 @@ import numpy as np
 from skfactor.solvers._tensors import axis_letters, left_singular, mode_product, squared_sum, tucker_ranks, unfold
 from skfactor.solvers.multilinear import Network
 
-__all__ = ["TuckerResult", "tucker", "tucker_network"]
+__all__ = ["TuckerResult", "tucker", "tucker_network", "without_useless_factors"]
 
 
 _SUBSPACE_STEPS = 3
@@ -135,3 +135,23 @@ def tucker_network(core, factors, modes):
     inner = "".join(bonds[k] if k in modes else columns[k] for k in range(core.ndim))
     inner = columns[0] + inner[1:]
     return Network((core, *factors), (inner, *(columns[k] + bonds[k] for k in modes)), columns)
+
+
+def without_useless_factors(network):
+    """A `tucker_network` whose factors that save no numbers are multiplied into the core.
+
+    >>> import numpy as np
+    >>> network = tucker_network(np.ones((2, 3, 4)), [np.ones((4, 3)), np.ones((50, 4))], [1, 2])
+    >>> [a.shape for a in without_useless_factors(network).operands]
+    [(2, 4, 4), (50, 4)]
+    """
+    (core, *factors), (letters, *labels) = network.operands, network.labels
+    kept = []
+    for factor, label in zip(factors, labels, strict=True):
+        d, s = factor.shape
+        if core.size // s * d > core.size + factor.size:
+            kept.append((factor, label))
+            continue
+        core = mode_product(core, factor, letters.index(label[1]))
+        letters = letters.replace(label[1], label[0])
+    return Network((core, *(factor for factor, _ in kept)), (letters, *(label for _, label in kept)), network.output)

@@ -94,6 +94,16 @@ def test_share_of_the_numbers_is_kept(estimator, share):
 
 
 @pytest.mark.parametrize("estimator", ALL)
+def test_share_is_kept_where_few_rows_carry_little(estimator):
+    """Ranks of rows so low that a factor of the channels would be of nearly full rank, and dearer than none."""
+    X = np.random.default_rng(0).standard_normal((64, 64 * 9))
+    more = {"n_init": 1, "max_iter": 2} if estimator is BlockTermFactorizer else {}
+    for share in (0.3, 0.125, 0.06):
+        fitted = estimator(rank=share, kernel_shape=(64, 3, 3), **more).fit(X)
+        assert n_numbers(fitted, X) <= share * X.size
+
+
+@pytest.mark.parametrize("estimator", ALL)
 def test_share_counts_weighted_rows(estimator):
     """Two of each row are twice the rows: the same ranks as for the repeated matrix."""
     X = weights(n=12, seed=5)
