@@ -243,12 +243,8 @@ def _fit(item: _Item, estimator: Any, bits: np.ndarray, side: dict[str, np.ndarr
     )
     kept = fitted if item.keep_estimator else None
     del fitted  # before the reconstruction: its labels may be as large as the tensor
-    X_hat = tensor.to_matrix()
-    if X_hat.dtype.name != dtype:
-        X_hat = to_float(from_float(X_hat, dtype), dtype)
-    _check_reconstruction(X_hat)
-    record = replace(record, relative_error=relative_error(X, X_hat), squared_norm=squared_norm(X),
-                     output_error=_output_error(X, X_hat, side.get("input_gram")))
+    error, output_error = _errors(tensor, X, dtype, side.get("input_gram"))
+    record = replace(record, relative_error=error, squared_norm=squared_norm(X), output_error=output_error)
     return Fitted(tensor, kept, record)
 
 
@@ -265,6 +261,28 @@ def _check_finite(X: np.ndarray, layout: Layout, shape: tuple[int, ...]) -> None
         first = np.unravel_index(int(layout.to_tensor(bad, shape).argmax()), shape)
         raise ValueError(f"weights must be finite, got {int(bad.sum())} NaN or infinite values, "
                          f"the first at index {tuple(map(int, first))}")
+
+
+def _errors(tensor: CompressedTensor, X: np.ndarray, dtype: str, gram: np.ndarray | None) -> tuple:
+    """Relative error and output error of what is stored; without a second matrix where rows can be decoded alone."""
+    decode_rows = getattr(tensor.decoders[0], "decode_rows", None)
+    if gram is not None or decode_rows is None or len(tensor.decoders) > 1 or tensor.layout.zero_rows:
+        X_hat = _as_stored(tensor.to_matrix(), dtype)
+        return relative_error(X, X_hat), _output_error(X, X_hat, gram)
+    error = 0.0
+    for rows in _row_blocks(X):
+        x = X[rows].astype(np.float64)
+        error += _square_sum(x - _as_stored(decode_rows(tensor.codes, rows.start, rows.start + len(x)), dtype))
+    total = squared_norm(X)
+    return error / total if total > 0 else error, None
+
+
+def _as_stored(X_hat: np.ndarray, dtype: str) -> np.ndarray:
+    """The reconstruction after the cast to the tensor's dtype."""
+    if X_hat.dtype.name != dtype:
+        X_hat = to_float(from_float(X_hat, dtype), dtype)
+    _check_reconstruction(X_hat)
+    return X_hat
 
 
 def _check_reconstruction(X_hat: np.ndarray) -> None:

@@ -22,7 +22,9 @@ from skfactor.solvers._chain1d import best_chain
 from skfactor.solvers._prefix import (
     SortedSamples,
     build_prefix,
+    cell_means,
     has_heavy_duplicates,
+    interval_inertia,
     merge_duplicates,
     sort_samples,
     sums_at,
@@ -32,6 +34,8 @@ from skfactor.solvers._windows1d import compander_borders, distinct, interlaced,
 _EXACT, _MIN_EXACT = 192, 4096  # samples per cell, samples: the exact chain is also the fastest way
 _GRID, _MIN_GRID = 64, 1024  # coarse samples per cell, and in all
 _GRID_ROUGH, _ROUGH = 128, 1 << 18  # the same where sampling noise or weights make the objective rough
+_LARGE, _LARGE_CLUSTERS = 1 << 24, 1024  # beyond so many samples, for so few clusters, means stand for them
+_MEANS, _PART = 1 << 20, 1 << 23  # how many, and samples of a part of the range
 _FINE, _MIN_FINE = 256, 4096  # the same of a second, finer grid
 
 
@@ -122,6 +126,10 @@ def kmeans_1d(x, n_clusters, *, weights=None, certify=False):
     0.04
     """
     x, weights = check_samples(x, weights, n_clusters)
+    within = 0.0
+    plain = weights is None and not certify and x.dtype == np.float32
+    if plain and x.size > _LARGE and n_clusters <= _LARGE_CLUSTERS:
+        x, weights, within = _condense(x)
     data, exponent = prepare(x, weights)
     data, borders, bound, n_iter = optimal_borders(data, n_clusters)
     if certify and bound == 0.0 and 2 < borders.size <= data.size:  # else the bound is the inertia, perhaps zero
@@ -133,7 +141,53 @@ def kmeans_1d(x, n_clusters, *, weights=None, certify=False):
         centers, inertia, _ = settle(data, borders)
     bound = min(bound, inertia)
     scale = 2.0**exponent
-    return KMeans1DResult((centers + data.shift) * scale, inertia * scale * scale, bound * scale * scale, n_iter)
+    inertia = inertia * scale * scale + within
+    return KMeans1DResult((centers + data.shift) * scale, inertia, bound * scale * scale, n_iter)
+
+
+def _condense(x):
+    """A million weighted means that stand for many float32: ``(means, weights, inertia about the means)``.
+
+    The samples are sorted by one part of their range after the other, so that no second copy of all is in memory. A
+    cell has hundreds of means, placed as borders would be, and so loses less than 1e-6 where it may end only between
+    two of them.
+    """
+    n_parts = -(-x.size // _PART)
+    probes = np.sort(x[:: x.size // 4096])
+    if not np.isfinite((x.min(), x.max())).all():
+        raise ValueError("x must be finite, got NaN or infinity")
+    cuts = np.unique(probes[(np.arange(1, n_parts) * probes.size) // n_parts])
+    means, weights, within = [], [], 0.0
+    for low, high in zip((None, *cuts), (*cuts, None)):
+        part = _between(x, low, high)
+        if part.size == 0:
+            continue
+        part.sort()
+        data = build_prefix(*(merge_duplicates(part, None) if has_heavy_duplicates(part, 0.75) else (part, None)))
+        grid = compander_borders(data, min(data.size, _MEANS // n_parts))
+        mean = cell_means(data, grid)
+        means.append(mean)
+        weights.append(np.diff(sums_at(data, grid)[1]))
+        within += interval_inertia(data, grid, mean)
+        del part, data
+    return np.concatenate(means), np.concatenate(weights), within
+
+
+def _between(x, low, high):
+    """The samples above ``low`` and not above ``high``, None for no limit."""
+
+    def inside(piece):
+        kept = np.ones(piece.size, dtype=bool) if low is None else piece > low
+        return kept if high is None else kept & (piece <= high)
+
+    pieces = [x[i : i + (1 << 20)] for i in range(0, x.size, 1 << 20)]
+    part = np.empty(sum(np.count_nonzero(inside(piece)) for piece in pieces), dtype=x.dtype)
+    at = 0
+    for piece in pieces:
+        found = piece[inside(piece)]
+        part[at : at + found.size] = found
+        at += found.size
+    return part
 
 
 def optimal_borders(data, n_clusters):

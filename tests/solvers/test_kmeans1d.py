@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
-from skfactor.solvers import _chain1d
+from skfactor.solvers import _chain1d, _optimal1d, _windows1d
 from skfactor.solvers._optimal1d import prepare
 from skfactor.solvers._prefix import build_prefix, sums_at
-from skfactor.solvers._windows1d import compander_borders, refine, settle
+from skfactor.solvers._windows1d import compander_borders, interlaced, refine, settle
 from skfactor.solvers.kmeans1d import (
     INIT_METHODS,
     assign_1d,
@@ -306,6 +306,33 @@ def test_labels_reproduce_the_inertia(values, k):
     result = kmeans_1d(x, k)
     d = x - result.centers[assign_1d(x, result.centers)]
     assert np.dot(d, d) == pytest.approx(result.inertia, rel=1e-9, abs=1e-9 * float(np.ptp(x)) ** 2 + 1e-300)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_partition_between_two_optimal_ones(name, monkeypatch):
+    monkeypatch.setattr(_windows1d, "_PAIRS", 10**6)
+    data, _ = prepare(np.unique(DATA[name](np.random.default_rng(4), 600)), None)
+    if data.size < 40:
+        pytest.skip("too few distinct values")
+    borders = {k: _chain1d.best_chain(data, k, 1.0)[0] for k in (8, 10, 13)}
+    exact = settle(data, borders[10], 0)[1]
+    for fewer, more in ((borders[8], borders[13]), (borders[8], None), (None, borders[13])):
+        found = interlaced(data, 10, fewer, more)
+        assert found is not None
+        assert settle(data, found, 0)[1] == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["gauss", "heavy", "half", "sparse", "few"])
+def test_means_that_stand_for_many_samples(name, monkeypatch):
+    x = DATA[name](np.random.default_rng(5), 150_000).astype(np.float32)
+    plain = {k: kmeans_1d(x, k).inertia for k in (3, 8)}
+    monkeypatch.setattr(_optimal1d, "_LARGE", 100_000)
+    monkeypatch.setattr(_optimal1d, "_PART", 40_000)
+    monkeypatch.setattr(_optimal1d, "_MEANS", 30_000)
+    for k, expected in plain.items():
+        result = kmeans_1d(x, k)
+        assert result.inertia <= expected * (1 + 1e-6)
+        assert inertia_of(x, result.centers) == pytest.approx(result.inertia, rel=1e-6)
 
 
 # ----------------------------------------------------------------------------------- elbow, Lloyd, starts
