@@ -97,7 +97,7 @@ class AtomsDisplay:
         shown = self.atoms[self.order[:n_atoms]]
         largest = np.abs(shown).max(axis=1, keepdims=True)
         shown = np.divide(shown, largest, out=np.zeros_like(shown), where=largest > 0)
-        signed = shown.min() < 0
+        signed = shown.min() < -1e-6  # a mean of zeros may be off by a rounding
         columns = n_columns or int(np.ceil(np.sqrt(1.5 * len(shown))))
         self.image_ = ax.imshow(mosaic(shown.reshape(-1, *self.image_shape), min(columns, len(shown))),
                                 cmap=cmap or ("RdBu_r" if signed else "Greys"), vmin=-1 if signed else 0, vmax=1,
