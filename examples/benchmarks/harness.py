@@ -31,7 +31,7 @@ import numpy as np
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _PACKAGES = ("skfactor", "numpy", "scipy", "scikit-learn", "torch", "constriction", "kmeans1d", "ckwrap",
-             "flash1dkmeans", "numba", "faiss-cpu", "coremltools", "nncodec", "zstandard")
+             "flash1dkmeans", "numba", "faiss-cpu", "coremltools", "nncodec", "tensorly", "zstandard")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 _PASSIVE = {"OMP_WAIT_POLICY": "passive"}  # a waiting OpenMP thread must not count as work on a busy machine
 

@@ -150,6 +150,19 @@ def memory_table(result):
     yield f"{intro}\n\n{table(header, rows)}\n"
 
 
+def decomposition_tables(result):
+    for dataset, params, members in groups(result["runs"]):
+        done = [r for r in members if r["status"] == "ok"]
+        ours = next((r for r in done if r["solver"] == OURS), None)
+        if ours is None:
+            continue
+        rows = [[r["solver"], seconds(r["wall_s"]), seconds(r["cpu_s"]), f"{r['objective']['relative_error']:.6f}",
+                 *(f"{min(r[key]) / min(ours[key]):.3g}" for key in ("wall_s", "cpu_s"))] for r in done]
+        header = ["solver", "wall s: best (median)", "CPU s: best (median)", "relative squared error",
+                  "wall / skfactor's", "CPU / skfactor's"]
+        yield f"### {dataset}, {params['method']}\n\n{table(header, rows)}\n{note(members)}"
+
+
 SECTIONS = (
     ("kmeans_scalar", "Scalar k-means", kmeans_tables),
     ("kmeans_optimality", "Optimality of scalar k-means", optimality_table),
@@ -159,6 +172,7 @@ SECTIONS = (
     ("codec", "Entropy coders on the same codes", codec_tables),
     ("codec_files", "Whole networks, no calibration", file_tables),
     ("memory_1gb", "Memory, file to file", memory_table),
+    ("decompositions", "Tensor decompositions", decomposition_tables),
 )
 INTRO = """# Benchmarks
 

@@ -108,6 +108,10 @@ def table(rows):
     return f"{intro}. Stored numbers over the share that is allowed, at most: {worst:.3f}.\n\n" + "\n".join(lines)
 
 
+def read(path):
+    return json.loads(path.read_text()) if path.exists() else {"rows": []}
+
+
 def _key(row):
     return row["network"], row["method"], row["share"], row["calibrated"]
 
@@ -123,21 +127,20 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    found = json.loads(args.json.read_text()) if args.json.exists() else {"rows": []}
     if args.docs:
         text = args.docs.read_text(encoding="utf-8")
         head, _, rest = text.partition(BEGIN)
-        args.docs.write_text(f"{head}{BEGIN}\n{table(found['rows'])}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        shown = table(read(args.json)["rows"])
+        args.docs.write_text(f"{head}{BEGIN}\n{shown}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
         return
     folder = data_folder(args.data)
     todo = [(n, m, s, c) for n in args.only for s in SHARES for m in args.methods for c in (False, True)]
     for setting in todo:
-        # read again: another run may have added rows meanwhile
-        found = json.loads(args.json.read_text()) if args.json.exists() else {"rows": []}
-        if setting in map(_key, found["rows"]):
+        if setting in map(_key, read(args.json)["rows"]):
             continue
         row = measure(folder, *setting)
         print(json.dumps(row), flush=True)
+        found = read(args.json)  # again: another run may have added rows meanwhile
         found["rows"].append(row)
         found["machine"] = {"python": platform.python_version(), "torch": torch.__version__.partition("+")[0],
                             "threads": args.threads}
