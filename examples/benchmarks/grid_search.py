@@ -24,7 +24,7 @@ bench = Benchmark(
            {"dataset": "kernels", "n_components": 32, "coder": "ans", **_EIGHT},
            {"dataset": "layer", "n_components": 16, "coder": "auto", **_FIVE},
            {"dataset": "layer", "n_components": 32, "coder": "ans", **_FIVE},
-           {"dataset": "few_kernels", "n_components": 16, "coder": "ans", **_EIGHT}],
+           {"dataset": "few_kernels", "n_components": 16, "coder": "ans", **_FIVE}],
     tiny_cases=[{"dataset": "few_kernels", "n_components": 4, "coder": "ans", "alphas": (0.5, 1.5),
                  "n_clusters": (4, 16)}],
     warm_up=lambda X: X[:8],
@@ -44,9 +44,9 @@ def kernels(tiny):
 
 @bench.dataset
 def few_kernels(tiny):
-    """Every twelfth of them: small enough for the peers."""
+    """Every fifth of them: small enough for the peers."""
     found = _kernels()
-    return None if found is None else np.ascontiguousarray(found[:: 400 if tiny else 12])
+    return None if found is None else np.ascontiguousarray(found[:: 400 if tiny else 5])
 
 
 @bench.dataset
@@ -101,7 +101,7 @@ def compression_search():
 
 
 def _only_few(X, params):
-    return "fits the dictionary for every candidate" if X.size > 100_000 else None
+    return "fits the dictionary for every candidate" if X.size > 200_000 else None
 
 
 @bench.solver("scikit-learn GridSearchCV, same scorer and rule", skip=_only_few)
