@@ -16,8 +16,9 @@ __all__ = ["Coding", "OnlineState", "learn_online", "online_step", "start_online
 _FORGETTING = 20.0
 # Codes of a batch are solved to this duality gap.
 _GAP = 1e-4
-# Rows on which the objective is followed, and the step of its first evaluation; the steps between double.
-_N_PROBE, _FIRST_PROBE = 4096, 16
+# Rows on which the objective is followed, the step of its first evaluation (the steps between double), and the step
+# from which it may end the iterations: before, statistics are of few rows and the objective may rise.
+_N_PROBE, _FIRST_PROBE, _EARLIEST_END = 4096, 16, 64
 # Steps end when one lowers the objective by less than this many times `tol`: a step costs little.
 _COARSER = 10
 # An atom used less than this part of the mean use is replaced.
@@ -133,7 +134,7 @@ def learn_online(X, V, alpha, *, rng, sample_weight=None, options, callback=None
     price : float
         alpha of the squared objective.
     trace : list of float
-        Objectives of the sample, scaled to all rows.
+        Objectives of the sample, scaled to all rows, of the best atoms so far.
     converged : bool
     """
     size = options.batch_size
@@ -152,14 +153,13 @@ def learn_online(X, V, alpha, *, rng, sample_weight=None, options, callback=None
             continue
         codes = coding.encode(sample.X, state.V)
         objective = sample.objective(alpha, options, state.V, codes)
-        if trace and objective > trace[-1]:
-            return *best, trace, True
         price = sample.price(alpha, options, (state.V, codes))
-        best = state.V, price
-        trace.append(objective)
+        if not trace or objective <= trace[-1]:
+            best = state.V, price
+        trace.append(min([objective, *trace]))
         if callback and callback(state.V):
             return *best, trace, False
-        if len(trace) > 1 and trace[-2] - trace[-1] <= _COARSER * options.tol * (step // 2) * trace[-1]:
+        if step >= _EARLIEST_END and trace[-2] - trace[-1] <= _COARSER * options.tol * (step // 2) * trace[-1]:
             return *best, trace, True
         evaluate_at *= 2
     return *best, trace, False
