@@ -47,8 +47,8 @@ class DictionaryFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
 
     over the codes U and the atoms V, by a few sweeps over the codes and one over the atoms in turn (many rows: by
     mini-batches with exact codes [1]_). `transform` then solves the lasso of each row to a duality gap of at most 1e-6
-    of its half squared norm. With ``code_solver="omp"`` codes have at most `n_nonzero_coefs` non-zeros instead of a
-    price.
+    of its half squared norm; codes of sub-vectors that meet in an `input_gram` take at most ten rounds. With
+    ``code_solver="omp"`` codes have at most `n_nonzero_coefs` non-zeros instead of a price.
 
     Parameters
     ----------
@@ -214,8 +214,7 @@ class DictionaryFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
                                  init=task.start, options=task.options, callback=callback)
 
         fitted = self._as_if_fitted(task, found.components, X.dtype, found.alpha)
-        fitted |= self._judged(X, weights, fitted["_coder"], task)
-        fitted["output_error_"] = None if gram is None else self._output_error(X, weights, fitted["_coder"], gram)
+        fitted |= self._judged(X, weights, fitted["_coder"], task, gram)
         for name, value in fitted.items():
             setattr(self, name, value)
         self.alpha_max_ = task.alpha_max
@@ -260,7 +259,6 @@ class DictionaryFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
             setattr(self, name, value)
         for name, value in self._judged(X, weights, self._coder, task).items():
             setattr(self, name, value)
-        self.output_error_ = None
         self.alpha_max_ = max(self.alpha_max_, task.alpha_max)
         self.n_iter_ += 1
         previous = np.zeros(0) if first else self.objective_trace_
@@ -380,7 +378,7 @@ class DictionaryFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
         return {"components_": V, "decoder_": ComponentsDecoder(V, dtype.name), "alpha_": alpha, "_coder": coder,
                 "_n_features_out": self.n_features_in_ // task.vector_size * self.n_components}
 
-    def _judged(self, X, weights, coder, task):
+    def _judged(self, X, weights, coder, task, gram=None):
         """Objectives and certificates of the data, with the codes of `transform`."""
         v, scale = task.vector_size, 1.0
         q = X.shape[1] // v
@@ -402,16 +400,12 @@ class DictionaryFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
             rows, V = rows @ task.metric.root, V @ task.metric.root
         weighted = (U * np.repeat(weights, q)[:, None]).T
         used = weights > 0
-        return {"objective_": objective, "course_objective_": math.sqrt(error) + course_alpha * norm,
-                "course_alpha_": course_alpha,
+        output = None if gram is None else float(weights @ coder._replace(grams=gram).costs(X, codes).squared_error)
+        return {"objective_": objective, "output_error_": output,
+                "course_objective_": math.sqrt(error) + course_alpha * norm, "course_alpha_": course_alpha,
                 "duality_gap_": math.nan if coder.n_nonzero else (gap / objective if objective > 0 else 0.0),
                 "density_": float(np.count_nonzero(codes[used]) / max(1, codes[used].size)),
                 "stationarity_": stationarity(V, weighted @ U, weighted @ rows, positive=self.positive_dict)}
-
-    def _output_error(self, X, weights, coder, gram):
-        """Squared error of the layer's output, with the gram as it was given."""
-        errors = coder._replace(grams=gram).costs(X, coder.codes(X)).squared_error
-        return float(errors.sum() if weights is None else weights @ errors)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
