@@ -54,7 +54,7 @@ class TuckerFactorizer(TensorFactorizer):
     tensor_shape : tuple of int, default=None
         Shape of a row as a tensor; `kernel_shape` when None, and without that two factors of the number of columns as
         near to each other as there are. Axes of length 1 are left out.
-    tol : float, default=1e-5
+    tol : float, default=1e-4
         Orthogonal iteration stops when a sweep lowers the error by less than this part of it.
     max_iter : int, default=50
         Most sweeps.
@@ -103,7 +103,7 @@ class TuckerFactorizer(TensorFactorizer):
         "max_iter": [Interval(Integral, 0, None, closed="left")],
     }
 
-    def __init__(self, rank=None, *, energy=None, modes="tucker2", kernel_shape=None, tensor_shape=None, tol=1e-5,
+    def __init__(self, rank=None, *, energy=None, modes="tucker2", kernel_shape=None, tensor_shape=None, tol=1e-4,
                  max_iter=50):
         self.rank = rank
         self.energy = energy

@@ -11,7 +11,7 @@ from skfactor.solvers.multilinear import Network
 __all__ = ["TuckerResult", "tucker", "tucker_network", "without_useless_factors"]
 
 
-_SUBSPACE_STEPS = 3
+_SUBSPACE_STEPS = 4
 
 
 class TuckerResult(NamedTuple):
@@ -43,7 +43,7 @@ class TuckerResult(NamedTuple):
     n_iter: int
 
 
-def tucker(T, ranks, axes=None, *, tol=1e-5, max_iter=50, callback=None):
+def tucker(T, ranks, axes=None, *, tol=1e-4, max_iter=50, callback=None):
     r"""Minimise :math:`\|T - C \times_k U_k\|^2` over a core and frames with orthonormal columns.
 
     Higher-order SVD, then higher-order orthogonal iteration: each frame in turn moves towards the leading left singular
@@ -57,7 +57,7 @@ def tucker(T, ranks, axes=None, *, tol=1e-5, max_iter=50, callback=None):
         One for each of `axes`; those that no core of such ranks can use are lowered.
     axes : sequence of int, optional
         Axes that get a frame; all when not given. Axes 0 and 1 of a convolution's weight give Tucker-2.
-    tol : float, default=1e-5
+    tol : float, default=1e-4
         Stop when a sweep lowers the error by less than this part of it.
     max_iter : int, default=50
         Most sweeps; 0 is the higher-order SVD.
