@@ -389,12 +389,13 @@ def _finish(X, space, state, labels, pool):
 
 
 def _inertia(X, weights, centers, labels, pool):
-    """Weighted sum of squared differences in float64."""
+    """Weighted sum of squared differences: differences in the dtype of X, squares and sums in float64."""
     block = max(1, _SCORES // X.shape[1])
 
     def part(start):
         here = slice(start, start + block)
-        difference = np.subtract(X[here], centers[labels[here]], dtype=np.float64)
+        difference = centers.take(labels[here], axis=0)
+        difference = np.subtract(X[here], difference, out=difference).astype(np.float64, copy=False)
         if weights is None:
             return np.vdot(difference, difference)
         return np.einsum("ij,ij,i->", difference, difference, weights[here])
