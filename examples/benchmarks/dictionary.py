@@ -118,7 +118,7 @@ def skfactor():
         clock = _Clock()
         if _large(X, n_components):
             rows, weights = canonical_rows(X.astype(np.float32))
-            options = DictionaryOptions(batch_size=1024, tol=3e-6)
+            options = DictionaryOptions(batch_size=max(1024, 8 * n_components), tol=3e-6)
             result = learn_dictionary(rows, n_components, alpha, rng=rng, sample_weight=weights, options=options,
                                       callback=clock)
             clock(result.components, last=True)

@@ -32,8 +32,8 @@ from skfactor.solvers.whitening import Whitening
 
 __all__ = ["DictionaryFactorizer"]
 
-# Rows from which mini-batches are used with batch_size="auto", and the rows of one.
-_MANY_ROWS, _BATCH = 16384, 1024
+# Rows from which mini-batches are used with batch_size="auto", and the rows of one: at least, and for each atom.
+_MANY_ROWS, _BATCH, _PER_ATOM = 16384, 1024, 8
 # Rows on which a fit by mini-batches is judged.
 _N_JUDGED = 16384
 
@@ -74,7 +74,7 @@ class DictionaryFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
         "root": the course's :math:`\|X-UV\|_F + \alpha\|U\|_1`, the norm not squared.
     batch_size : int, "auto" or None, default="auto"
         Rows (sub-vectors) of a mini-batch. None uses all rows in each iteration; "auto" does so below 16384 rows, and
-        takes 1024 above.
+        takes 1024, or 8 for each atom if that is more, above.
     max_iter : int, default=500
         Most iterations; with mini-batches, most passes over the rows.
     tol : float, default=1e-5
@@ -345,7 +345,7 @@ class DictionaryFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
         alpha_max, unit = math.sqrt(squares.max()), self._unit(squares, counts, v)
         batch = self.batch_size
         if batch == "auto":
-            batch = _BATCH if len(rows) >= _MANY_ROWS else None
+            batch = max(_BATCH, _PER_ATOM * self.n_components) if len(rows) >= _MANY_ROWS else None
         n_nonzero = min(self.n_nonzero_coefs or max(1, v // 10), v, self.n_components) if omp else None
         options = DictionaryOptions(self.max_iter, self.tol, self.n_init, self.positive_code, self.positive_dict,
                                     self.loss == "root", batch, n_nonzero)

@@ -14,11 +14,11 @@ __all__ = ["Coding", "OnlineState", "learn_online", "online_step", "start_online
 
 # Weight of the past after step t is (t / (t + 1)) ** _FORGETTING: only the last twentieth of the steps counts much.
 _FORGETTING = 20.0
-# Codes of a batch are solved to this duality gap.
-_GAP = 1e-4
+# Duality gaps of the codes of a batch, which teach as well when they are a little off, and of those that are judged.
+_GAP, _JUDGED_GAP = 2e-2, 1e-4
 # Rows on which the objective is followed, the step of its first evaluation (the steps between double), and the step
 # from which it may end the iterations: before, statistics are of few rows and the objective may rise.
-_N_PROBE, _FIRST_PROBE, _EARLIEST_END = 4096, 16, 64
+_N_PROBE, _FIRST_PROBE, _EARLIEST_END = 2048, 16, 64
 # Steps end when one lowers the objective by less than this many times `tol`: a step costs little.
 _COARSER = 10
 # An atom used less than this part of the mean use is replaced.
@@ -41,11 +41,11 @@ class Coding(NamedTuple):
     n_nonzero: int | None = None
     positive: bool = False
 
-    def encode(self, X, V):
-        """Codes (n, K) of the rows of X."""
+    def encode(self, X, V, gap=_JUDGED_GAP):
+        """Codes (n, K) of the rows of X, those of the lasso to this duality gap."""
         if self.n_nonzero is not None:
             return omp_codes(X, V, self.n_nonzero, positive=self.positive).toarray()
-        return lasso_codes(X, V, self.alpha, positive=self.positive, tol=_GAP).codes
+        return lasso_codes(X, V, self.alpha, positive=self.positive, tol=gap).codes
 
 
 class OnlineState(NamedTuple):
@@ -91,7 +91,7 @@ def online_step(state, X, coding, *, rng, weights=None, positive_dict=False):
     OnlineState
     """
     X = X.astype(state.V.dtype, copy=False)
-    codes = coding.encode(X, state.V)
+    codes = coding.encode(X, state.V, _GAP)
     weighted = (codes if weights is None else codes * weights[:, None].astype(X.dtype)).T
     keep = X.dtype.type((state.n_steps / (state.n_steps + 1)) ** _FORGETTING)
     A, B, V = keep * state.A + weighted @ codes, keep * state.B + weighted @ X, state.V.copy()
@@ -122,7 +122,7 @@ def learn_online(X, V, alpha, *, rng, sample_weight=None, options, callback=None
     rng : numpy.random.Generator or RandomState
     sample_weight : ndarray of shape (n,), default=None
     options : DictionaryOptions
-        `max_iter` counts passes over all rows. The objective is evaluated after 16, 32, 64, ... steps, on at most 4096
+        `max_iter` counts passes over all rows. The objective is evaluated after 16, 32, 64, ... steps, on at most 2048
         rows; the iterations end when it fell by less than ten times `tol` for each step in between.
     callback : callable, default=None
         ``callback(V)`` at each evaluation; True ends the fit.
