@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 _CHUNK = 1 << 15
+_FEW_BORDERS = 32
 _TABLE_FROM = 1 << 14  # values; below it a binary search is faster than filling the table
 
 
@@ -109,7 +110,8 @@ def _in_key_order(table):
 
 
 def _bucket_table(borders, dtype):
-    """For every 16-bit key: the lowest label, the border inside (or +inf), whether more borders are inside."""
+    """For every 16-bit key: the lowest label, the border inside (or +inf), whether more borders are inside; and the
+    labels again with the largest integer where there is a border, None where there are too many for that to pay."""
     with np.errstate(over="ignore"):
         bucket = _bucket(borders.astype(np.float32))
     counts = np.bincount(bucket, minlength=1 << 16)
@@ -117,11 +119,15 @@ def _bucket_table(borders, dtype):
     border = np.full(1 << 16, np.inf, dtype=borders.dtype)
     border[bucket[::-1]] = borders[::-1]
     several = counts > 1
-    return _in_key_order(first), _in_key_order(border), _in_key_order(several) if several.any() else None
+    marked, mark = None, np.iinfo(dtype).max
+    if borders.size <= _FEW_BORDERS:
+        marked = _in_key_order(np.where(counts > 0, mark, first).astype(dtype))
+    return _in_key_order(first), _in_key_order(border), _in_key_order(several) if several.any() else None, marked
 
 
 def _label_by_bucket(x, borders, table, labels):
-    first, border, several = table
+    first, border, several, marked = table
+    mark = np.iinfo(labels.dtype).max
     high = 1 if np.little_endian else 0
     index = np.empty(_CHUNK, dtype=np.intp)
     inside = np.empty(_CHUNK, dtype=border.dtype)
@@ -134,6 +140,13 @@ def _label_by_bucket(x, borders, table, labels):
                 x32 = part.astype(np.float32)
         key, edge, out = index[: part.size], inside[: part.size], labels[lo : lo + _CHUNK]
         key[:] = x32.view(np.uint16)[high::2]
+        if marked is not None and several is None:  # one lookup decides for most values
+            np.take(marked, key, out=out, mode="clip")
+            open_ = np.flatnonzero(out == mark)
+            if open_.size < part.size // 4:
+                at = key[open_]
+                out[open_] = first[at] + (part[open_] > border[at])
+                continue
         np.take(first, key, out=out, mode="clip")
         np.take(border, key, out=edge, mode="clip")
         out += part > edge
