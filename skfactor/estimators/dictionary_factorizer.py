@@ -46,7 +46,7 @@ class DictionaryFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
     .. math:: \tfrac12\|X-UV\|_F^2 + \alpha\|U\|_1, \qquad \|V_k\|_2 = 1,
 
     over the codes U and the atoms V, by a few sweeps over the codes and one over the atoms in turn (many rows: by
-    mini-batches with exact codes [1]_). `transform` then solves the lasso of each row to a duality gap of at most 1e-6
+    mini-batches [1]_). `transform` then solves the lasso of each row to a duality gap of at most 1e-6
     of its half squared norm; codes of sub-vectors that meet in an `input_gram` take at most ten rounds. With
     ``code_solver="omp"`` codes have at most `n_nonzero_coefs` non-zeros instead of a price.
 

@@ -1,4 +1,4 @@
-"""Dictionary learning from many rows: mini-batches, exact codes, statistics that forget."""
+"""Dictionary learning from many rows: mini-batches, codes close to optimal, statistics that forget."""
 # SPDX-License-Identifier: BSD-3-Clause
 
 import math
