@@ -106,7 +106,8 @@ def learn_dictionary(X, n_components, alpha, *, rng, sample_weight=None, init=No
     r"""Minimise ``sum_i w_i (1/2 |x_i - u_i V|^2 + alpha |u_i|_1)`` over codes U and a dictionary V of unit-norm rows.
 
     A matrix with more columns than rows is replaced by its triangular factor: optimal atoms lie in the span of the
-    rows. For many rows there are mini-batches: codes of each are solved nearly, and the atoms follow statistics that forget.
+    rows. For many rows there are mini-batches: codes of each are solved nearly, and the atoms follow statistics that
+    forget.
 
     Parameters
     ----------
