@@ -10,6 +10,8 @@ def rows(results):
     judges = {"kmeans_optimality": optimality, "kmeans_scalar": scalar, "kmeans_elbow": elbow, "kmeans_rows": row_books,
               "kmeans_vector": vectors, "codec": coders, "codec_files": files, "memory_1gb": memory}
     for result in results:
+        if result["benchmark"] not in judges:
+            continue
         threads = result["settings"].get("threads")
         timed = threads and result["benchmark"] in ("kmeans_scalar", "kmeans_elbow", "kmeans_rows", "kmeans_vector")
         where = f" ({threads} thread{'s' if threads > 1 else ''})" if timed else ""

@@ -100,7 +100,7 @@ def table(rows):
             if not any(cells):
                 continue
             shown = [f"{c['accuracy']:.2f}" if c else "" for c in cells]
-            times = ", ".join(f"{c['cpu_seconds']:.0f}" if c else "" for c in cells[2:4])
+            times = ", ".join(f"{c['cpu_seconds']:.0f}" for c in cells[2:4] if c)
             lines.append(f"| {network} | {method} | {' | '.join(shown)} | {times} |")
     before = {row["network"]: row["accuracy_before"] for row in rows}
     intro = "; ".join(f"{name}: {value:.2f} before" for name, value in sorted(before.items()))
