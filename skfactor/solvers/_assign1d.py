@@ -6,12 +6,13 @@ search. The result is exactly that of comparing every value with every border in
 """
 
 # SPDX-License-Identifier: BSD-3-Clause
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from functools import partial
 
 import numpy as np
 
-_CHUNK = 1 << 15
+from skfactor.solvers._threads import in_parts, usable_threads
+
+_CHUNK = 1 << 16
 _FEW_BORDERS = 32
 _TABLE_FROM = 1 << 14  # values; below it a binary search is faster than filling the table
 
@@ -31,7 +32,7 @@ def round_down(v, dtype):
     return np.where(down > v, np.nextafter(down, dtype.type(-np.inf)), down)
 
 
-def assign_1d(x, centers, *, n_threads=1):
+def assign_1d(x, centers, *, n_threads=None):
     """Index of the nearest centre of every value.
 
     ``labels = argmin_k (x - c_k)^2``; a value on the border ``(c_k + c_{k+1}) / 2``, computed in float64, goes to
@@ -43,8 +44,8 @@ def assign_1d(x, centers, *, n_threads=1):
         Values without NaN.
     centers : ndarray of shape (k,)
         Sorted ascending.
-    n_threads : int, default=1
-        Threads that share large arrays.
+    n_threads : int, default=None
+        Threads that share large arrays; None means as many as there are usable cores.
 
     Returns
     -------
@@ -60,7 +61,7 @@ def assign_1d(x, centers, *, n_threads=1):
     centers = np.asarray(centers, dtype=np.float64).reshape(-1)
     if centers.size == 0:
         raise ValueError("centers must hold at least one value, got an empty array")
-    return cut_labels(x, midpoints(centers), n_threads=n_threads)
+    return cut_labels(x, midpoints(centers), n_threads=usable_threads(n_threads))
 
 
 def midpoints(centers):
@@ -84,17 +85,8 @@ def cut_labels(x, borders, *, n_threads=1):
         labels[:] = np.searchsorted(borders, flat, side="left")
     else:
         table = _bucket_table(borders, labels.dtype)
-        parts = np.linspace(0, flat.size, max(1, min(n_threads, flat.size >> 18)) + 1).astype(np.intp)
-        if parts.size == 2:
-            _label_by_bucket(flat, borders, table, labels)
-        else:
-            with ThreadPoolExecutor(parts.size - 1) as pool:
-                jobs = [
-                    pool.submit(_label_by_bucket, flat[a:b], borders, table, labels[a:b])
-                    for a, b in pairwise(parts.tolist())
-                ]
-                for job in jobs:
-                    job.result()
+        fill = partial(_label_by_bucket, borders, table)
+        in_parts(fill, [flat, labels], n_threads, least=1 << 18)
     return labels.reshape(x.shape)
 
 
@@ -125,7 +117,7 @@ def _bucket_table(borders, dtype):
     return _in_key_order(first), _in_key_order(border), _in_key_order(several) if several.any() else None, marked
 
 
-def _label_by_bucket(x, borders, table, labels):
+def _label_by_bucket(borders, table, x, labels):
     first, border, several, marked = table
     mark = np.iinfo(labels.dtype).max
     high = 1 if np.little_endian else 0

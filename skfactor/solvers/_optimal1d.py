@@ -29,14 +29,15 @@ from skfactor.solvers._prefix import (
     sort_samples,
     sums_at,
 )
-from skfactor.solvers._windows1d import compander_borders, distinct, interlaced, refine, settle, slide, spread
+from skfactor.solvers._threads import usable_threads
+from skfactor.solvers._windows1d import compander_borders, distinct, interlaced, refine, settle, slide
 
 _EXACT, _MIN_EXACT = 192, 4096  # samples per cell, samples: the exact chain is also the fastest way
 _GRID, _MIN_GRID = 64, 1024  # coarse samples per cell, and in all
 _GRID_ROUGH, _ROUGH = 128, 1 << 18  # the same where sampling noise or weights make the objective rough
 _LARGE, _LARGE_CLUSTERS = 1 << 24, 1024  # beyond so many samples, for so few clusters, means stand for them
 _MEANS, _PART = 1 << 20, 1 << 23  # how many, and samples of a part of the range
-_FINE, _MIN_FINE = 256, 4096  # the same of a second, finer grid
+_FINE, _REACH = 256, 1 / 8  # steps to a cell by which all borders slide together, and how far at once, in cells
 
 
 class KMeans1DResult(NamedTuple):
@@ -71,9 +72,9 @@ def check_samples(x, weights, n_clusters=1):
     return x, weights
 
 
-def prepare(x, weights, exponent=None):
+def prepare(x, weights, exponent=None, n_threads=1):
     """Sort, scale to a safe range and build prefix sums -> ``(SortedSamples, exponent)``, x = 2**exponent * x'."""
-    x, w, shift = sort_samples(x, weights)
+    x, w, shift = sort_samples(x, weights, n_threads)
     top = max(abs(float(x[0])), abs(float(x[-1])))
     if not np.isfinite(x[[0, -1]]).all():
         raise ValueError("x must be finite, got NaN or infinity")
@@ -88,7 +89,7 @@ def prepare(x, weights, exponent=None):
     return build_prefix(x, w, shift), exponent
 
 
-def kmeans_1d(x, n_clusters, *, weights=None, certify=False):
+def kmeans_1d(x, n_clusters, *, weights=None, certify=False, n_threads=None):
     """Globally optimal k-means of scalars.
 
     Minimises ``sum_i w_i * min_k (x_i - c_k)^2`` over the ``n_clusters`` centres ``c_k``.
@@ -103,6 +104,8 @@ def kmeans_1d(x, n_clusters, *, weights=None, certify=False):
         Weight of every value, finite and >= 0; values of weight 0 do not count.
     certify : bool, default=False
         Close the duality gap: return a proven optimum whose ``lower_bound`` equals ``inertia`` to rounding.
+    n_threads : int, default=None
+        Threads that share passes over large arrays; None means as many as there are usable cores.
 
     Returns
     -------
@@ -127,10 +130,11 @@ def kmeans_1d(x, n_clusters, *, weights=None, certify=False):
     """
     x, weights = check_samples(x, weights, n_clusters)
     within = 0.0
+    n_threads = usable_threads(n_threads)
     plain = weights is None and not certify and x.dtype == np.float32
     if plain and x.size > _LARGE and n_clusters <= _LARGE_CLUSTERS:
         x, weights, within = _condense(x)
-    data, exponent = prepare(x, weights)
+    data, exponent = prepare(x, weights, n_threads=n_threads)
     data, borders, bound, n_iter = optimal_borders(data, n_clusters)
     if certify and bound == 0.0 and 2 < borders.size <= data.size:  # else the bound is the inertia, perhaps zero
         data, borders, bound, passes = _certified(data, borders)
@@ -209,12 +213,9 @@ def optimal_borders(data, n_clusters):
     if rough:
         window = {"tau": 1 / 16, "half": 32, "narrow": 32}
     else:
-        grid = compander_borders(data, max(_MIN_FINE, _FINE * n_clusters))
-        borders = spread(np.searchsorted(grid, borders))
-        borders, n_slides = slide(_coarse(data, grid), borders, inertia, _FINE, 0.5)
-        borders = grid[borders]
+        borders, n_slides = slide(data, borders, inertia, _FINE, _REACH)
         n_iter += n_slides
-        window = {"tau": 1 / (4 * _FINE), "half": 16, "narrow": 8}
+        window = {"tau": 1 / (4 * _FINE), "half": 32, "narrow": 8}
     borders, n_moves = refine(data, borders, inertia, **window)
     n_iter += n_moves
     inner = borders[1:-1]

@@ -6,6 +6,7 @@ memory at a quarter of the data, and a position inside a block costs one gather 
 """
 
 # SPDX-License-Identifier: BSD-3-Clause
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -43,14 +44,14 @@ class SortedSamples(NamedTuple):
         return float(self.size) if self.t is None else float(self.t[-1])
 
 
-def sort_samples(x, weights=None):
+def sort_samples(x, weights=None, n_threads=1):
     """Sort ``x`` and drop samples of zero weight; returns ``(sorted x, sorted weights or None, shift)``.
 
     A common offset is subtracted where that is exact (all samples of one sign and within a factor of two,
     Sterbenz' lemma), so that sums of squares do not cancel.
     """
     if weights is None:
-        x, w = np.sort(x), None
+        x, w = _sorted(x, n_threads), None
     else:
         keep = weights > 0
         if not keep.all():
@@ -64,6 +65,21 @@ def sort_samples(x, weights=None):
         shift = float(x[x.size // 2])
         x -= x.dtype.type(shift)
     return x, w, shift
+
+
+def _sorted(x, n_threads):
+    """Sorted copy of ``x``: halved at the median until every thread has a part to sort, of 2**19 samples at least."""
+    x = x.copy()
+    if n_threads < 2 or x.size < 1 << 20:
+        x.sort()
+        return x
+    parts = [x]
+    with ThreadPoolExecutor(n_threads) as pool:
+        while len(parts) < n_threads and parts[0].size >= 1 << 20:
+            list(pool.map(lambda part: part.partition(part.size // 2), parts))
+            parts = [half for part in parts for half in (part[: part.size // 2], part[part.size // 2 :])]
+        list(pool.map(np.ndarray.sort, parts))
+    return x
 
 
 def merge_duplicates(x, w):
@@ -183,8 +199,9 @@ def cell_means(data, borders):
 
 
 def _square_sum(d, w):
-    """``sum w d^2`` without BLAS, whose threads would go on spinning between calls this short."""
-    return float(np.einsum("i,i->", d, d, dtype=np.float64) if w is None else np.einsum("i,i,i->", d, d, w))
+    """``sum w d^2`` in float64, without BLAS, whose threads would go on spinning between calls this short."""
+    d = d.astype(np.float64, copy=False)
+    return float(np.einsum("i,i->", d, d) if w is None else np.einsum("i,i,i->", d, d, w))
 
 
 def interval_inertia(data, borders, centers):

@@ -251,6 +251,12 @@ def slide(data, borders, inertia, per_cell, reach):
 
 def settle(data, borders, max_iter=100):
     """Centres and inertia of a partition whose cells are the nearest-centre cells of its means."""
+    centers, borders = nearest_cells(data, borders, max_iter)
+    return centers, interval_inertia(data, borders, centers), borders
+
+
+def nearest_cells(data, borders, max_iter=100):
+    """Centres and borders of a partition whose cells are the nearest-centre cells of its means."""
     centers = cell_means(data, borders)
     for _ in range(max_iter):
         nearest = cut(data.x, centers)
@@ -258,7 +264,7 @@ def settle(data, borders, max_iter=100):
             break
         borders = nearest
         centers = cell_means(data, borders)
-    return centers, interval_inertia(data, borders, centers), borders
+    return centers, borders
 
 
 def cut(x, centers):
