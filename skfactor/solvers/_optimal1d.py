@@ -34,7 +34,8 @@ from skfactor.solvers._windows1d import compander_borders, distinct, interlaced,
 
 _EXACT, _MIN_EXACT = 192, 4096  # samples per cell, samples: the exact chain is also the fastest way
 _GRID, _MIN_GRID = 64, 1024  # coarse samples per cell, and in all
-_GRID_ROUGH, _ROUGH = 128, 1 << 18  # the same where sampling noise or weights make the objective rough
+_GRID_ROUGH = 128  # the same where sampling noise or weights make the objective rough
+_ROUGH, _ROUGH_CELL = 1 << 18, 2048  # samples, in all and in a cell, up to which it is
 _LARGE, _LARGE_CLUSTERS = 1 << 24, 1024  # beyond so many samples, for so few clusters, means stand for them
 _MEANS, _PART = 1 << 20, 1 << 23  # how many, and samples of a part of the range
 _FINE, _REACH = 256, 1 / 8  # steps to a cell by which all borders slide together, and how far at once, in cells
@@ -208,7 +209,7 @@ def optimal_borders(data, n_clusters):
         return data, borders, settle(data, borders)[1], 1
     if n <= exact:
         return _exact_borders(data, n_clusters)
-    rough = n <= _ROUGH or data.w is not None
+    rough = n <= max(_ROUGH, _ROUGH_CELL * n_clusters) or data.w is not None
     borders, inertia, n_iter = _from_chain(data, n_clusters, _GRID_ROUGH if rough else _GRID)
     if rough:
         window = {"tau": 1 / 16, "half": 32, "narrow": 32}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
-from skfactor.solvers import _chain1d, _optimal1d, _windows1d
+from skfactor.solvers import _chain1d, _optimal1d, _prefix, _windows1d
 from skfactor.solvers._optimal1d import prepare
 from skfactor.solvers._prefix import build_prefix, sums_at
 from skfactor.solvers._windows1d import compander_borders, interlaced, refine, settle
@@ -285,6 +285,25 @@ def test_assign_at_zero_and_in_crowded_buckets():
     for centers in ([-1.0, 1.0], [1.0, 1.0001, 1.0002, 1.0003], [-3e-45, 0.0, 3e-45, 1.0]):
         centers = np.array(centers)
         np.testing.assert_array_equal(assign_1d(x, centers), labels_by_comparison(x, centers))
+
+
+@needs_data
+def test_a_whole_network_in_one_codebook():
+    """Few samples in many cells: the sampling noise of each cell moves the optimum."""
+    x = np.concatenate([w.ravel() for w in real_layers("cifar10_resnet20").values()])
+    assert kmeans_1d(x, 256).inertia <= kmeans_1d(x, 256, certify=True).lower_bound * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("n_threads", [2, 3, 8])
+def test_sorting_in_threads(n_threads):
+    x = np.random.default_rng(n_threads).normal(size=(1 << 21) + n_threads).astype(np.float32)
+    before = x.copy()
+    assert np.array_equal(_prefix._sorted(x, n_threads), np.sort(x))
+    assert np.array_equal(x, before)
+    with pytest.raises(ValueError, match="x must be finite"):
+        kmeans_1d(np.append(x, np.float32(np.nan)), 4, n_threads=n_threads)
+    one, some = (kmeans_1d(x, 4, n_threads=n) for n in (1, n_threads))
+    assert np.array_equal(one.centers, some.centers)
 
 
 def test_assign_shapes_and_threads():
