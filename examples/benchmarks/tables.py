@@ -185,7 +185,8 @@ ratios side by side in one run say more than any time.
 
 
 REQUIREMENTS = """What the project asks of itself. A requirement of speed is judged by CPU time, best run against best
-run, because the wall clock also counts what else the machine did.
+run, because the wall clock also counts what else the machine did. One in seconds whose work two threads share is judged
+by the clock.
 """
 
 
