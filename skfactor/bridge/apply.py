@@ -15,7 +15,7 @@ from torch import nn
 from skfactor.bridge.assumed import ASSUMED, assumed_side, check_calibration_word, not_assumed
 from skfactor.bridge.balance import balance_layers, importance_of_rows
 from skfactor.bridge.batchnorm import fold_batch_norm
-from skfactor.bridge.calibrate import Calibration, collect_moments, kind_of_inputs, model_batches
+from skfactor.bridge.calibrate import Calibration, Moments, collect_moments, kind_of_inputs, model_batches
 from skfactor.bridge.cost import measure_cost
 from skfactor.bridge.files import file_source
 from skfactor.bridge.latency import example_batch
@@ -38,7 +38,7 @@ from skfactor.codec.tensor import CompressedTensor, RawTensor
 from skfactor.exceptions import FormatError, LayerError
 from skfactor.report import FACTORIZED
 
-__all__ = ["compress", "load", "load_into"]
+__all__ = ["calibration_moments", "compress", "load", "load_into"]
 
 
 def compress(model: nn.Module | Mapping[str, torch.Tensor] | str | PathLike, rules: Any, *, calibration: Any = None,
@@ -56,13 +56,14 @@ def compress(model: nn.Module | Mapping[str, torch.Tensor] | str | PathLike, rul
         two or more dimensions that belong to no known layer), or the default "*". The most specific one decides: exact
         name, patterns in the order given, type, default. None leaves a layer as it is. Compressors are cloned, never
         fitted. Parameters of one dimension and buffers are taken only where a rule names them.
-    calibration : tensor, tuple, dict, list, loader, Calibration or "assumed", default=None
+    calibration : tensor, tuple, dict, list, loader, Calibration, Moments or "assumed", default=None
         Unlabelled inputs; each layer's estimator then gets the second moment of the layer's inputs (`input_gram`), an
         embedding's how often each row is used (`importance`). A tensor is a batch of inputs, a tuple the positional
         and a dict the keyword arguments of one forward pass; anything else is iterated as batches, and of a batch
-        (x, y) only what `forward` requires is used. `skfactor.Calibration` holds inputs and how to use them. Inputs
-        need a module. "assumed" needs no data: inputs are taken to have a common positive mean, to be uncorrelated
-        between channels and correlated between neighbouring pixels, as they are behind a rectifier.
+        (x, y) only what `forward` requires is used. `skfactor.Calibration` holds inputs and how to use them, and
+        `skfactor.bridge.Moments` what inputs have given once (`skfactor.bridge.calibration_moments`), for many settings
+        of one network. Inputs need a module. "assumed" needs no data: inputs are taken to have a common positive mean,
+        to be uncorrelated between channels and correlated between neighbouring pixels, as they are behind a rectifier.
     mode : {"dense", "factorized"}, default="dense"
         "dense": every layer keeps its class and gets the reconstructed weight. "factorized": a layer whose weight is
         linear in its codes (low rank, dictionary, Tucker, separable) is replaced by a chain of smaller stock modules,
@@ -147,6 +148,7 @@ class _Running:
         if not (self.auto or self.measure):
             return None
         inputs = calibration.inputs if isinstance(calibration, Calibration) else calibration
+        inputs = None if isinstance(inputs, Moments) else inputs
         what = "execute='auto'" if self.auto else "measure=True"
         return example_batch(model, self.example_inputs, inputs, what)
 
@@ -165,6 +167,10 @@ def _compress_module(model, rules, calibration, run, n_jobs, progress) -> Compre
     network = entries_of_module(copied)
     if calibration is None or isinstance(calibration, str):
         result = _compress_tensors(source_of(network), rules, calibration, n_jobs, progress)
+    elif isinstance(calibration, Moments):
+        result = compress_source(source_of(network), plan, side=lambda e: calibration.side(e.name), n_jobs=n_jobs,
+                                 progress=progress)
+        result.uncalibrated = {n: r for n, r in calibration.missing.items() if n in plan.taken}
     else:
         if not isinstance(calibration, Calibration):
             calibration = Calibration(calibration)
@@ -204,6 +210,35 @@ def _compress_calibrated(model, network, plan, calibration, n_jobs, progress) ->
     fitted = fit_in_order(model, network, plan, batches, moments, max_vectors=calibration.max_vectors,
                           progress=progress)
     return assemble(source_of(network), plan, fitted), moments.missing
+
+
+def calibration_moments(model: nn.Module, calibration: Any, max_vectors: int | None = None) -> Moments:
+    """What `calibration` tells of the inputs of all layers, to be given to `compress` any number of times.
+
+    Parameters
+    ----------
+    model : Module
+        Not changed.
+    calibration : tensor, tuple, dict, list or loader
+        As in `skfactor.compress`.
+    max_vectors : int, default=None
+        As in `Calibration`.
+
+    Returns
+    -------
+    moments : Moments
+
+    Examples
+    --------
+    >>> import torch, skfactor
+    >>> net = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> moments = calibration_moments(net, torch.randn(32, 8))
+    >>> results = [skfactor.compress(net, skfactor.LowRankFactorizer(r), calibration=moments) for r in (1, 2)]
+    """
+    network = entries_of_module(model)
+    owners = {name: network.owners[name] for name, tensor in network.tensors.items()
+              if network.owners.get(name) and tensor.dim() > 1}
+    return collect_moments(model, owners, model_batches(model, calibration), max_vectors)
 
 
 def fold_into_layers(model: nn.Module, owners: Mapping[str, list], batch: tuple[tuple, dict]) -> None:

@@ -268,3 +268,17 @@ def test_register_input_vectors():
     x = randn(5, 4)
     found, _ = given(nn.Sequential(Doubled()), x)
     np.testing.assert_allclose(found["0.weight"]["input_gram"], gram(2 * x), rtol=1e-5)
+
+
+def test_moments_measured_once_give_what_the_inputs_give():
+    torch.manual_seed(0)
+    net, x = SmallCNN().eval(), torch.randn(20, 3, 8, 8)
+    moments = skfactor.bridge.calibration_moments(net, x)
+    rules = {"*": skfactor.LowRankFactorizer(2), "linear": skfactor.KMeansWeightSharer(4)}
+    once = skfactor.compress(net, rules, calibration=moments, progress=False)
+    again = skfactor.compress(net, rules, calibration=x, progress=False)
+    plain = skfactor.compress(net, rules, progress=False)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(once.state_dict()[name], tensor)
+    assert not torch.equal(once.state_dict()["conv2.weight"], plain.state_dict()["conv2.weight"])
+    assert once.uncalibrated == again.uncalibrated
