@@ -224,7 +224,7 @@ def _encode_fast(codes, n_symbols, *, zero, kernel) -> tuple[str, bytes]:
 def _coder_of_pieces(codes, n_symbols, *, zero, kernel) -> str:
     """What 'auto' means for a matrix in several pieces: 'fast', or a slow coder that is worth its time.
 
-    Judged by the first quarter of a piece. A slow coder takes twenty times as long, to write and to read.
+    Judged by the first quarter of a piece. A slow coder takes far longer, to write and to read.
     """
     rows = slice(0, max(1, CHUNK_CODES // (4 * max(1, codes.shape[1]))))
     if codes.size > FAST_ABOVE:
