@@ -26,7 +26,7 @@ __all__ = [
 CODERS = ("constant", "packed", "huffman", "ans", "context", "sparse", "bytes")
 MAX_SYMBOLS = 1 << 31
 FAST_ABOVE = 1 << 23  # codes; 'auto' leaves the slow coders out above it
-_SLOW = ("context", "bytes")
+SLOW = ("context", "bytes")
 
 
 def _code_dtype(n_symbols: int) -> np.dtype:
@@ -314,7 +314,7 @@ def _candidates(flat, problem, *, everything=False):
         yield "constant", constant
         return
     for name in CODERS:
-        if name == "constant" or (name in _SLOW and flat.size > FAST_ABOVE and not everything):
+        if name == "constant" or (name in SLOW and flat.size > FAST_ABOVE and not everything):
             continue
         payload = _CODECS[name][0](flat, problem)
         if payload is not None:

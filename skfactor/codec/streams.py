@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 import skfactor.codec.families  # noqa: F401  every decoder class is known to the file
-from skfactor.codec.coders import FAST_ABOVE, decode_bytes, decode_codes, encode_bytes, encode_codes
+from skfactor.codec.coders import FAST_ABOVE, SLOW, decode_bytes, decode_codes, encode_bytes, encode_codes
 from skfactor.codec.decoders import Decoder, decoder_from_parts
 from skfactor.codec.dtypes import DTYPES, host_dtype, is_float
 from skfactor.codec.floats import bits_of, find_grid, find_line, grid_values, line_values
@@ -209,6 +209,7 @@ def _encode_bytes_chunks(flat: np.ndarray) -> tuple[list[int | str], list[bytes]
 
 
 _FAST = ("constant", "packed", "ans", "sparse")
+_WORTH = 0.01  # part of the size that a slow coder must save on a matrix of several pieces
 
 
 def _encode_fast(codes, n_symbols, *, zero, kernel) -> tuple[str, bytes]:
@@ -220,20 +221,36 @@ def _encode_fast(codes, n_symbols, *, zero, kernel) -> tuple[str, bytes]:
     return min(coded, key=lambda name_payload: len(name_payload[1]))
 
 
+def _coder_of_pieces(codes, n_symbols, *, zero, kernel) -> str:
+    """What 'auto' means for a matrix in several pieces: 'fast', or a slow coder that is worth its time.
+
+    Judged by the first quarter of a piece. A slow coder takes far longer, to write and to read.
+    """
+    rows = slice(0, max(1, CHUNK_CODES // (4 * max(1, codes.shape[1]))))
+    if codes.size > FAST_ABOVE:
+        return "fast"
+    name, payload = encode_codes(codes[rows], n_symbols, zero=zero, kernel=kernel)
+    limit = (1 - _WORTH) * len(_encode_fast(codes[rows], n_symbols, zero=zero, kernel=kernel)[1])
+    return name if name in SLOW and len(payload) < limit else "fast"
+
+
 def _encode_codes_chunks(codes, n_symbols, *, coder="auto", zero=None, kernel=1) -> tuple[list[int | str], list[bytes]]:
     """Code a matrix by blocks of rows; 'auto' is decided on the first and kept where it can code the others."""
+    how = {"zero": zero, "kernel": kernel}
+    if coder == "auto" and _n_row_chunks(codes.shape) > 1:
+        coder = _coder_of_pieces(codes, n_symbols, **how)
     names, payloads = [], []
     for rows in _row_chunks(codes.shape):
         wanted = names[0] if names else coder
         try:
-            if wanted == "auto" and codes.size > FAST_ABOVE:
-                coded = _encode_fast(codes[rows], n_symbols, zero=zero, kernel=kernel)
+            if wanted == "fast":
+                coded = _encode_fast(codes[rows], n_symbols, **how)
             else:
-                coded = encode_codes(codes[rows], n_symbols, coder=wanted, zero=zero, kernel=kernel)
+                coded = encode_codes(codes[rows], n_symbols, coder=wanted, **how)
         except ValueError:
             if wanted == coder:
                 raise
-            coded = _encode_fast(codes[rows], n_symbols, zero=zero, kernel=kernel)
+            coded = _encode_fast(codes[rows], n_symbols, **how)
         names.append(coded[0])
         payloads.append(coded[1])
     return [_coder_number(name) for name in names], payloads

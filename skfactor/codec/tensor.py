@@ -81,7 +81,8 @@ class CompressedTensor:
         A name of `skfactor.codec.dtypes.DTYPES`.
     layout : Layout
     coder : str, default="auto"
-        Entropy coder of integer codes; "auto" takes the smallest.
+        Entropy coder of integer codes; "auto" takes the smallest. A matrix of more than 2**19 codes is coded in
+        pieces, and a slow coder ("context") then has to save one percent.
     """
 
     decoders: tuple[Decoder, ...]

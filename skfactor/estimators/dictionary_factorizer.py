@@ -58,8 +58,10 @@ class DictionaryFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
         Price of a code, in units of `alpha_unit`. Larger is sparser.
     alpha_unit : {"rms", "max", "absolute"}, default="rms"
         "rms": of the root mean square of the elements of `X`, so that one alpha fits data of any scale (the alpha of
-        data divided by their standard deviation). "max": of `alpha_max_`; 1 makes all codes zero. "absolute": of
-        `X` itself, as in scikit-learn. With ``loss="root"`` alpha has no unit, and "rms" and "absolute" are the same.
+        data divided by their standard deviation); with `input_gram`, times the geometric mean of the scales of the
+        inputs, so that about as many codes are kept as without it. "max": of `alpha_max_`; 1 makes all codes
+        zero. "absolute": of `X` itself, as in scikit-learn. With ``loss="root"`` alpha has no unit, and "rms" and
+        "absolute" are the same.
     code_solver : {"lasso", "omp"}, default="lasso"
         "omp": order-recursive orthogonal matching pursuit, and alpha plays no part.
     n_nonzero_coefs : int, default=None
@@ -339,10 +341,13 @@ class DictionaryFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
         grams = None if gram is None else unit_grams(gram)
         metric = None if gram is None else shared_metric(grams, v)
         rows, counts = canonical_rows(X.reshape(-1, v), None if weights is None else np.repeat(weights, d // v))
+        squares = plain = _squares(rows)
         if metric is not None:
             rows = (rows.astype(np.float64) @ metric.root).astype(X.dtype)
-        squares = np.einsum("nd,nd->n", rows, rows, dtype=np.float64)
-        alpha_max, unit = math.sqrt(squares.max()), self._unit(squares, counts, v)
+            squares = _squares(rows)
+        alpha_max, unit = math.sqrt(squares.max()), self._unit(squares, plain, counts, v)
+        if grams is not None and self.alpha_unit == "rms" and self.loss == "squared":
+            unit *= _mean_scale(grams)
         batch = self.batch_size
         if batch == "auto":
             batch = max(_BATCH, _PER_ATOM * self.n_components) if len(rows) >= _MANY_ROWS else None
@@ -357,16 +362,19 @@ class DictionaryFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
         return _Task(rows, counts, 0.0 if omp else self.alpha * unit, unit, alpha_max, options, grams, metric, v, start,
                      check_random_state(self.random_state))
 
-    def _unit(self, squares, counts, vector_size):
-        """What one unit of the parameter alpha is in units of X (of nothing, with loss='root')."""
-        total = float(squares.sum() if counts is None else squares @ counts)
+    def _unit(self, squares, plain, counts, vector_size):
+        """What one unit of the parameter alpha is in units of X (of nothing, with loss='root').
+
+        `squares` are those of the rows in the metric, `plain` without it.
+        """
         if self.alpha_unit == "max":
+            total = float(squares.sum() if counts is None else squares @ counts)
             top = math.sqrt(squares.max())
             return top / math.sqrt(total) if self.loss == "root" and total > 0 else top
         if self.alpha_unit == "absolute" or self.loss == "root":
             return 1.0
-        n = len(squares) if counts is None else counts.sum()
-        return math.sqrt(total / (n * vector_size))
+        total, n = (plain.sum(), len(plain)) if counts is None else (plain @ counts, counts.sum())
+        return math.sqrt(float(total) / (n * vector_size))
 
     def _as_if_fitted(self, task, V, dtype, alpha=None):
         """Attributes that make the estimator usable with these atoms."""
@@ -411,6 +419,19 @@ class DictionaryFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
+
+
+def _squares(rows):
+    return np.einsum("nd,nd->n", rows, rows, dtype=np.float64)
+
+
+def _mean_scale(grams):
+    """Geometric mean of the scales of all directions of the inputs.
+
+    A direction of scale s makes its error s times as large. At a given density the least error of independent codes
+    grows by the geometric mean of the scales (reverse water-filling), and so must their price.
+    """
+    return math.exp(0.5 * float(np.linalg.slogdet(grams)[1].mean()) / grams.shape[-1])
 
 
 class _Task(NamedTuple):

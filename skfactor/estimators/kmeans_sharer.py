@@ -79,7 +79,8 @@ class KMeansWeightSharer(CodebookCompressor):
         Prove the optimality of the scalar codebook: closes the duality gap, so that `inertia_` equals
         `lower_bound_` to rounding. Takes some seconds for millions of weights.
     coder : str, default="auto"
-        Entropy coder of the codes in a file; "auto" takes the smallest, "huffman" is Deep Compression's third stage.
+        Entropy coder of the codes in a file; "auto" takes the smallest (of more than 2**19 codes the slow context coder
+        only where it saves one percent), "huffman" is Deep Compression's third stage.
     random_state : int, RandomState instance or None, default=None
         For "k-means++" and "random"; the optimal solution needs none.
 

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from skfactor.codec import streams
-from skfactor.codec.coders import encode_codes
+from skfactor.codec.coders import coded_sizes, encode_codes
 from skfactor.codec.container import SkfWriter
 from skfactor.codec.decoders import CodebookDecoder, Decoder, IdentityDecoder, register_decoder
 from skfactor.codec.floats import bits_of, find_grid, find_line, grid_values, line_values
@@ -91,6 +91,25 @@ def test_large_tensors_get_fast_coders(monkeypatch):
     used = {streams.coder_name(number) for number in encoded.entry["codes"][-1]}
     assert "constant" in used
     assert used <= {"constant", "packed", "ans", "sparse"}
+    assert_same_tensor(decode_tensor(encoded.entry, encoded.streams), tensor)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_pieces_get_the_context_coder_where_it_pays(spread, monkeypatch):
+    """A matrix in several pieces: context where rows differ in scale, which static coders cannot see, else not."""
+    monkeypatch.setattr(streams, "CHUNK_CODES", 40_000)
+    rng = np.random.default_rng(0)
+    tensor = shared(rng, (400, 400), 16)
+    scale = np.exp(spread * rng.standard_normal((400, 1)))
+    tensor.codes[:] = np.clip(np.rint(8 + 1.5 * scale * rng.laplace(size=(400, 400))), 0, 15)
+    encoded = encode_tensor(tensor)
+    used = [streams.coder_name(number) for number in encoded.entry["codes"][-1]]
+    zero = tensor.decoders[-1].code_hints()["zero"]
+    sizes = coded_sizes(tensor.codes[:100], 16, zero=zero)
+    gain = 1 - sizes["context"] / min(sizes["ans"], sizes["sparse"])
+    assert len(used) == 4
+    assert (gain > 0.01) == (spread > 0)
+    assert (set(used) == {"context"}) == (spread > 0)
     assert_same_tensor(decode_tensor(encoded.entry, encoded.streams), tensor)
 
 

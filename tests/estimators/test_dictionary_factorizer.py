@@ -171,11 +171,21 @@ def test_input_gram_lowers_the_output_error(options, n_groups):
     assert plain.output_error_ is None
 
 
+def test_price_with_a_gram_of_inputs_that_do_not_depend_on_each_other():
+    """Directions of scales 1 and 4: the price is that of X times 2 over the root mean square of the scales."""
+    X = np.random.default_rng(0).normal(size=(40, 8))
+    scales = np.tile([1.0, 4.0], 4)
+    plain = DictionaryFactorizer(8, random_state=0).fit(X)
+    output = DictionaryFactorizer(8, random_state=0).fit(X, input_gram=np.diag(scales**2))
+    assert output.alpha_ == pytest.approx(plain.alpha_ * 2 / np.sqrt(np.mean(scales**2)), rel=0.01)  # damped
+
+
 def test_codes_of_sub_vectors_are_optimal_for_the_output():
     """The lasso over all sub-vectors at once, solved by scikit-learn on the whitened row."""
     rng = np.random.default_rng(1)
     X, gram = rng.normal(size=(10, 8)), gram_of(rng, 8, 100, 0)
-    fitted = DictionaryFactorizer(5, vector_size=4, alpha=0.5, random_state=0).fit(X, input_gram=gram)
+    fitted = DictionaryFactorizer(5, vector_size=4, alpha=0.5, alpha_unit="absolute", random_state=0)
+    fitted.fit(X, input_gram=gram)
     metric = fitted._coder.grams[0]
     root = np.linalg.cholesky(metric)
     atoms = np.kron(np.eye(2), fitted.components_) @ root

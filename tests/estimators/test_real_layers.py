@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from skfactor import LowRankFactorizer, MagnitudePruner, SeparableFactorizer
+from skfactor import (
+    DictionaryFactorizer,
+    KMeansWeightSharer,
+    LowRankFactorizer,
+    MagnitudePruner,
+    SeparableFactorizer,
+    UniformQuantizer,
+)
 from tests._data import data_dir, needs_data, real_weights
 from tests._nets import ResNet
 
@@ -48,7 +55,13 @@ def moments():
     lambda shape: MagnitudePruner(0.8),
     lambda shape: MagnitudePruner(pattern="2:4"),
     lambda shape: MagnitudePruner(0.3, granularity="column"),
-], ids=["low rank", "spatial", "depthwise", "pruned", "2:4", "columns"])
+    lambda shape: DictionaryFactorizer(16, vector_size=9, random_state=0),
+    lambda shape: DictionaryFactorizer(16, vector_size=9, code_solver="omp", n_nonzero_coefs=2, random_state=0),
+    lambda shape: KMeansWeightSharer(8),
+    lambda shape: KMeansWeightSharer(32, vector_size=9, random_state=0),
+    lambda shape: UniformQuantizer(),
+], ids=["low rank", "spatial", "depthwise", "pruned", "2:4", "columns", "dictionary", "matching pursuit", "shared",
+        "shared kernels", "uniform"])
 def test_held_back_images(moments, estimator, layer):
     W = real_weights("cifar10_resnet56")[f"{layer}.weight"]
     X = W.reshape(len(W), -1)
