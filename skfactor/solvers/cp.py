@@ -105,14 +105,14 @@ def cp_matrix(pointwise, spatial):
     total = np.zeros((n, channels, len(K)))
     for r in range(rank):
         total += A[:, :, r, None] * K[:, r].T[:, None, :]
-    return total.reshape(n, -1)
+    return total.reshape(n, channels * len(K))
 
 
 def khatri_rao(factors):
     """Products of the entries of factors (k_d, R, n) for every pixel: (Π k_d, R, n), the last axis fastest."""
     K = factors[0]
     for F in factors[1:]:
-        K = (K[:, None] * F[None]).reshape(-1, *F.shape[1:])
+        K = (K[:, None] * F[None]).reshape(len(K) * len(F), *F.shape[1:])
     return K
 
 
@@ -138,10 +138,14 @@ def _cp_block(W, spatial, rank, tol, max_iter, dtype):
                 F[..., near] = E
             n_iter += more
     K = khatri_rao(factors)
-    A = np.matmul(W, _divide(K, _normal(factors)).transpose(2, 0, 1))
+    H = _divide(K, _normal(factors)).transpose(2, 0, 1)
+    kept = np.einsum("npr,npr->n", np.matmul(G, H), K.transpose(2, 0, 1))
     spatial_factors = tuple(np.ascontiguousarray(F.transpose(2, 0, 1)) for F in factors)
-    E = W - cp_matrix(A, spatial_factors).reshape(W.shape)
-    return A, spatial_factors, np.sqrt(np.einsum("ncp,ncp->n", E, E) / safe), bound, n_iter
+    A, squares = np.matmul(W, H), np.maximum(power - kept, 0.0)
+    near = squares < 1e-6 * power  # where the difference has lost its digits
+    E = W[near] - cp_matrix(A[near], [F[near] for F in spatial_factors]).reshape(-1, *W.shape[1:])
+    squares[near] = np.einsum("ncp,ncp->n", E, E)
+    return A, spatial_factors, np.sqrt(squares / safe), bound, n_iter
 
 
 def _pixels(spatial):
@@ -215,16 +219,21 @@ def _normal(factors):
 def _divide(B, M):
     """B M⁻¹ for B (m, R, n) and n symmetric positive semi-definite M (R, R, n), by Cholesky factors unrolled over R."""
     rank = len(M)
-    trace = np.einsum("rrn->n", M)
-    ridge = _RIDGE[M.dtype] * trace / rank + np.finfo(M.dtype).tiny
-    L = np.zeros_like(M)
+    ridge = _RIDGE[M.dtype] / rank * sum(M[r, r] for r in range(rank)) + np.finfo(M.dtype).tiny
+    L = {}
     for i in range(rank):
         for j in range(i + 1):
-            s = M[i, j] - (L[i, :j] * L[j, :j]).sum(axis=0) if j else M[i, j].copy()
-            L[i, j] = np.sqrt(np.maximum(s + ridge, ridge)) if i == j else s / L[j, j]
-    Y = np.empty_like(B)
+            s = M[i, j] + ridge if i == j else M[i, j].copy()
+            for k in range(j):
+                s -= L[i, k] * L[j, k]
+            L[i, j] = 1 / np.sqrt(np.maximum(s, ridge)) if i == j else s * L[j, j]  # the diagonal inverted
+    Y = np.ascontiguousarray(B.transpose(1, 0, 2))
     for i in range(rank):
-        Y[:, i] = (B[:, i] - (Y[:, :i] * L[i, :i]).sum(axis=1)) / L[i, i]
+        for j in range(i):
+            Y[i] -= Y[j] * L[i, j]
+        Y[i] *= L[i, i]
     for i in reversed(range(rank)):
-        Y[:, i] = (Y[:, i] - (Y[:, i + 1 :] * L[i + 1 :, i]).sum(axis=1)) / L[i, i]
-    return Y
+        for j in range(i + 1, rank):
+            Y[i] -= Y[j] * L[j, i]
+        Y[i] *= L[i, i]
+    return Y.transpose(1, 0, 2)
