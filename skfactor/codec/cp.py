@@ -22,7 +22,8 @@ _BLOCK_ELEMENTS = 1 << 20
 class CPDecoder(Decoder):
     """Filters `W[n, c, i, j] = sum_r A[n, c, r] * B[n, i, r] * C[n, j, r]`.
 
-    A row of codes is A of the filter, (c_in, rank) flattened, then the factor of each spatial axis, (k, rank) flattened.
+    A row of codes is A of the filter, (c_in, rank) flattened, then the factor of each spatial axis, (k, rank)
+    flattened.
     A filter that was pruned is a row of zeros.
 
     Parameters

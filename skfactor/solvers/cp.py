@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Canonical polyadic (CP) decomposition of many small filters at once.
 
-A filter W of shape (C, k_1, .., k_D) is approximated by R terms, ``W ≈ Σ_r a_r ∘ b¹_r ∘ .. ∘ b^D_r``. With the unfolding
-X (C, P), P = Π k_d, and the Khatri-Rao product K (P, R) of the spatial factors, the best A is ``X K (KᵀK)⁻¹`` and all else
-depends on ``G = XᵀX`` (P, P) alone: the iterations do not know how many input channels there are. All filters advance
-together, with the filters as the last axis of every array, so that numpy's loops run over them.
+A filter W of shape (C, k_1, .., k_D) is approximated by R terms, ``W ≈ Σ_r a_r ∘ b¹_r ∘ .. ∘ b^D_r``. With the
+unfolding X (C, P), P = Π k_d, and the Khatri-Rao product K (P, R) of the spatial factors, the best A is ``X K (KᵀK)⁻¹``
+and all else depends on ``G = XᵀX`` (P, P) alone: the iterations do not know how many input channels there are. All
+filters advance together, with the filters as the last axis of every array, so that numpy's loops run over them.
 
 The squared error of any rank-R CP is at least the sum of all but the R largest eigenvalues of G, since R terms have an
 unfolding of rank R: the certificate.
@@ -58,7 +58,7 @@ def cp_filters(X, kernel_shape, rank, *, tol=1e-6, max_iter=100, dtype=np.float3
     ----------
     X : ndarray of shape (n, C * k_1 * .. * k_D)
     kernel_shape : tuple of int
-        (C, k_1, .., k_D), D at least 1.
+        (C, k_1, .., k_D); without spatial axes a filter is its own channel factor.
     rank : int
         R; more than P terms are P.
     tol : float, default=1e-6
@@ -81,6 +81,8 @@ def cp_filters(X, kernel_shape, rank, *, tol=1e-6, max_iter=100, dtype=np.float3
     (True, array([0.]))
     """
     channels, *spatial = kernel_shape
+    if not spatial:
+        return CP(X.astype(np.float64)[:, :, None], (), np.zeros(len(X)), np.zeros(len(X)), 1)
     rank = min(rank, math.prod(spatial))
     parts = []
     step = max(1, min(_BLOCK_FILTERS, _BLOCK_ELEMENTS // X.shape[1]))
@@ -156,7 +158,7 @@ def _pixels(spatial):
 
 def _rank_one_terms(images, spatial):
     """Leading rank-one term of each image (n, P, R): factors (k_d, R, n) of unit norm."""
-    n, size, rank = images.shape
+    n, _, rank = images.shape
     images = images.transpose(0, 2, 1).reshape(n * rank, *spatial)
     if len(spatial) == 2:
         u, _, v = np.linalg.svd(images)

@@ -2,8 +2,8 @@
 """CP factors of filters refitted to the output of their layer.
 
 A filter w (d = C P) and its approximation ŵ cost ``(w − ŵ)ᵀ G (w − ŵ)`` with G the second moment of the layer's inputs.
-Given all factors but one, ŵ is linear in that one, ŵ = Φ f, and the best f solves ``ΦᵀGΦ f = ΦᵀG w``. Factor after factor
-the error never rises.
+Given all factors but one, ŵ is linear in that one, ŵ = Φ f, and the best f solves ``ΦᵀGΦ f = ΦᵀG w``. Factor after
+factor the error never rises.
 """
 
 from typing import NamedTuple

@@ -2,8 +2,8 @@
 """Distances between the subspaces that factors span, for all pairs at once, and which of similar filters to drop.
 
 With orthonormal bases Q_i (m, R) the cosines of the principal angles between two subspaces are the singular values of
-``Q_iᵀ Q_j`` (Björck, Golub 1973, doi:10.1090/S0025-5718-1973-0348991-3). One product of all stacked bases has every pair;
-its squares summed block by block are Σ cos² θ, which is all that the chordal distance needs.
+``Q_iᵀ Q_j`` (Björck, Golub 1973, doi:10.1090/S0025-5718-1973-0348991-3). One product of all stacked bases has every
+pair; its squares summed block by block are Σ cos² θ, which is all that the chordal distance needs.
 """
 
 import numpy as np
@@ -54,7 +54,7 @@ def subspace_angles(bases):
     >>> np.rad2deg(subspace_angles(bases)[0, 1]).round(6)
     array([45.])
     """
-    n, m, rank = bases.shape
+    n, _, rank = bases.shape
     angles = np.zeros((n, n, rank))
     for rows, C in _products(bases):
         k, first = len(rows), rows[0]
@@ -97,7 +97,7 @@ def subspace_distances(bases, kind="chordal"):
     distances : ndarray of shape (n, n)
         In [0, 1].
     """
-    n, m, rank = bases.shape
+    n, _, rank = bases.shape
     if kind == "chordal":
         shared = np.empty((n, n))
         for rows, block in _products(bases):
@@ -176,8 +176,8 @@ def vbd_distances(factors):
 def published_selection(factors, n_kept):
     """The filters that the published code of NORTON keeps, with its defects.
 
-    Angles are ``asin(min(1, ‖Q_j − Q_i Q_iᵀ Q_j‖)) mod π/2``, so that orthogonal subspaces have distance 0; the three are
-    added; the order of elimination is used as if it were its inverse. Computed in float32 as there.
+    Angles are ``asin(min(1, ‖Q_j − Q_i Q_iᵀ Q_j‖)) mod π/2``, so that orthogonal subspaces have distance 0; those of
+    all axes are added; the order of elimination is used as if it were its inverse. Computed in float32 as there.
 
     Parameters
     ----------
