@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Accuracy of ResNet-56 on CIFAR-10 with all 55 convolutions CP-decomposed filter by filter, nothing retrained.
 
-Rows differ in the rank and in what the factors are fitted to: the weights alone, the layers' outputs over 512 unlabelled
-training images (`input_gram`), or those outputs layer after layer, each for the inputs that the decomposed layers before
-it give. Which of them is best is read off 2,000 other training images ("held back"); the test images are for the table.
+Rows differ in the rank and in what the factors are fitted to: the weights alone, the layers' outputs over 512
+unlabelled training images (`input_gram`), or those outputs layer after layer, each for the inputs that the decomposed
+layers before it give. Which of them is best is read off 2,000 other training images; the test images are for the table.
 
     python cp_accuracy.py                  # rows that results/cp_accuracy.json lacks
     python cp_accuracy.py --docs FILE      # write the table into FILE, between its markers

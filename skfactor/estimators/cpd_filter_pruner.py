@@ -56,8 +56,8 @@ class CPDFilterPruner(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
         together. "auto" is the least rank with at most `target_error`. None, and ranks above h·w, are h·w, which
         is exact.
     kernel_shape : tuple of int, default=None
-        What one row of `X` is: (c_in, \*spatial) with any number of spatial axes. None: the bridge fills in the layer's;
-        a row without spatial axes (a linear layer) is kept as it is.
+        What one row of `X` is: (c_in, \*spatial) with any number of spatial axes. None: the bridge fills in the
+        layer's; a row without spatial axes (a linear layer) is kept as it is.
     target_error : float, default=0.1
         For ``rank="auto"``: the largest squared error of `X` relative to its squared norm.
     prune_ratio : float, default=0.0
@@ -74,9 +74,9 @@ class CPDFilterPruner(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
     weights : tuple of float, default=(1/3, 1/3, 1/3)
         α, β, γ: of the channel factor, then of the spatial axes in order (the last one holds for all that follow). A
         factor whose rank fills its space is the same subspace for all filters: its weight counts as 0.
-    tol : float, default=5e-6
+    tol : float, default=1e-5
         A filter's iterations end when a sweep lowers its squared relative error by less.
-    max_iter : int, default=500
+    max_iter : int, default=300
     random_state : int, RandomState or None, default=None
         For ``criterion="random"``.
 
@@ -139,7 +139,7 @@ class CPDFilterPruner(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
     }
 
     def __init__(self, rank=4, *, kernel_shape=None, target_error=0.1, prune_ratio=0.0, n_filters=None,
-                 criterion="norm", distance="chordal", weights=(1 / 3, 1 / 3, 1 / 3), tol=5e-6, max_iter=500,
+                 criterion="norm", distance="chordal", weights=(1 / 3, 1 / 3, 1 / 3), tol=1e-5, max_iter=300,
                  random_state=None):
         self.rank = rank
         self.kernel_shape = kernel_shape

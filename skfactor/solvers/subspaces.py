@@ -99,22 +99,21 @@ def subspace_distances(bases, kind="chordal"):
     """
     n, _, rank = bases.shape
     if kind == "chordal":
-        shared = np.empty((n, n))
+        shared = np.zeros((n, n))
         for rows, block in _products(bases):
             np.square(block, out=block)
             block = np.add.reduceat(block, np.arange(0, block.shape[1], rank), axis=1)
             shared[rows, rows[0] :] = block.reshape(len(rows), rank, -1).sum(axis=1)
-            shared[rows[0] :, rows] = shared[rows, rows[0] :].T
         # the dimensions of both, so that a lost direction counts as a right angle
         dimension = np.diag(shared)
         both = np.sqrt(np.outer(dimension, dimension))
-        distances = np.sqrt(np.maximum(1.0 - np.divide(shared, both, out=np.ones_like(shared), where=both > 0), 0.0))
+        distances = np.sqrt(np.maximum(1.0 - np.divide(shared, both, out=np.zeros_like(shared), where=both > 0), 0.0))
     else:
         angles = subspace_angles(bases)
         largest = angles[..., 0] / (np.pi / 2)
         distances = largest if kind == "largest" else np.sqrt((angles**2).mean(axis=-1)) / (np.pi / 2)
-    np.fill_diagonal(distances, 0.0)
-    return distances
+    upper = np.triu(distances, 1)
+    return upper + upper.T
 
 
 def eliminate_similar(distances, n_removed):
