@@ -18,6 +18,7 @@ _MODULE_OF = {
     "Calibration": "skfactor.bridge",
     "CompressionResult": "skfactor.bridge",
     "CompressionSearchCV": "skfactor.selection",
+    "CoupledCPDFactorizer": "skfactor.estimators",
     "DictionaryFactorizer": "skfactor.estimators",
     "FormatError": "skfactor.exceptions",
     "HierarchicalTuckerFactorizer": "skfactor.estimators",

@@ -24,6 +24,7 @@ DEFAULT_RULE = "*=kmeans:n_clusters=32"
 METHODS = {
     "autoencoder": "AutoencoderCompressor",
     "blockterm": "BlockTermFactorizer",
+    "coupled": "CoupledCPDFactorizer",
     "dictionary": "DictionaryFactorizer",
     "htucker": "HierarchicalTuckerFactorizer",
     "cp": "CPDFilterPruner",

@@ -15,6 +15,7 @@ PUBLIC = {
     "Calibration",
     "CompressionResult",
     "CompressionSearchCV",
+    "CoupledCPDFactorizer",
     "DictionaryFactorizer",
     "FormatError",
     "HierarchicalTuckerFactorizer",

@@ -36,7 +36,7 @@ from skfactor.codec.container import SkfFile
 from skfactor.codec.safetensors_io import SafetensorsReader
 from skfactor.codec.tensor import CompressedTensor, RawTensor
 from skfactor.exceptions import FormatError, LayerError
-from skfactor.report import FACTORIZED
+from skfactor.report import FACTORIZED, FORMS
 
 __all__ = ["calibration_moments", "compress", "load", "load_into"]
 
@@ -70,8 +70,8 @@ def compress(model: nn.Module | Mapping[str, torch.Tensor] | str | PathLike, rul
         where these have fewer weights; `result.executions` has the reason of every layer that stays dense. Needs a
         module.
     execute : {"factorized", "auto"}, default="factorized"
-        "auto": both forms of every layer are measured on this machine with inputs as the layer gets them, and the
-        faster one stays.
+        "auto": all forms of every layer, the dense one among them, are measured on this machine with inputs as the
+        layer gets them, and the fastest one stays.
     example_inputs : tensor, tuple, dict or loader, default=None
         What is measured with: a tensor, a tuple of positional or a dict of keyword arguments of one forward pass; of
         anything else the first batch. The first calibration batch when None.
@@ -179,7 +179,7 @@ def _compress_module(model, rules, calibration, run, n_jobs, progress) -> Compre
     compressed = {n: t for n, t in result.tensors.items() if isinstance(t, CompressedTensor)}
     _write(network.tensors, compressed)
     if run.factorized:
-        replacements = plan_replacements(copied, network, compressed)
+        replacements = plan_replacements(copied, network, compressed, all_forms=run.auto)
         if run.auto:
             replacements = keep_faster(copied, replacements, batch)
         replace_layers(copied, replacements)
@@ -335,6 +335,7 @@ def load_into(model: nn.Module, path: str | PathLike, strict: bool = True, *, mo
     targets = _targets(model)
     with SkfFile(path) as file:
         factorized = {} if mode == "dense" else _factorized_tensors(file)
+        forms = _forms(file)
         state = _state_dict(file)
     if strict:
         _check_names(targets, state)
@@ -345,7 +346,7 @@ def load_into(model: nn.Module, path: str | PathLike, strict: bool = True, *, mo
     if wrong:
         raise ValueError(f"{len(wrong)} tensors differ in shape or dtype: {_some(wrong, '; ')}")
     _check_ties(targets, state, common)
-    replacements = _replacements_of_file(model, factorized)
+    replacements = _replacements_of_file(model, factorized, forms)
     replaced = {id(layer.weight) for replacement in replacements for layer in replacement.layers}
     replace_layers(model, replacements)
     with torch.no_grad():
@@ -366,13 +367,23 @@ def _factorized_tensors(file: SkfFile) -> dict[str, CompressedTensor]:
     return {name: file.read(name) for name in names}
 
 
-def _replacements_of_file(model: nn.Module, tensors: Mapping[str, CompressedTensor]) -> list[Replacement]:
+def _forms(file: SkfFile) -> dict[str, str]:
+    """Forms in which layers run, by tensor; FormatError where the file's list of them is damaged."""
+    forms = file.metadata.get(FORMS, {})
+    if not (isinstance(forms, dict) and all(isinstance(form, str) for form in forms.values())):
+        raise FormatError(f"metadata {FORMS!r} must be a dict of names, got {forms!r:.120}")
+    return forms
+
+
+def _replacements_of_file(model: nn.Module, tensors: Mapping[str, CompressedTensor],
+                          forms: Mapping[str, str]) -> list[Replacement]:
     """Chains for the layers of a fresh network; names that it does not have are left out."""
     if not tensors:
         return []
     network = entries_of_module(model)
     known = {network.names[name]: tensor for name, tensor in tensors.items() if name in network.names}
-    replacements = plan_replacements(model, network, known)
+    forms = {network.names[name]: form for name, form in forms.items() if name in network.names}
+    replacements = plan_replacements(model, network, known, forms=forms)
     for replacement in replacements:
         if not replacement.layers:
             record = replacement.record

@@ -9,11 +9,12 @@ makes torch layers of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from skfactor.codec.coupled_cp import CoupledCPDecoder
 from skfactor.codec.cp import CPDecoder
 from skfactor.codec.decoders import Decoder, IdentityDecoder
 from skfactor.codec.linear import LinearDecoder
@@ -22,7 +23,7 @@ from skfactor.codec.separable import DepthwiseSeparableDecoder, SpatialSeparable
 from skfactor.codec.tensor import CompressedTensor
 from skfactor.codec.tensor_decoders import TuckerDecoder
 
-__all__ = ["Factor", "LayerShape", "NoSmallerModule", "factors_of", "register_module"]
+__all__ = ["Branches", "Factor", "LayerShape", "NoSmallerModule", "factors_of", "forms_of", "register_module"]
 
 
 class NoSmallerModule(Exception):
@@ -70,19 +71,29 @@ class Factor:
     axes : tuple of int
         Spatial axes over which this layer slides: it takes the stride, padding and dilation of these. Every axis has
         one such layer in a chain; along the others a kernel has length 1.
+    select : ndarray of int or None
+        Channels of its input that this layer reads, in this order; all as they are when None.
     """
 
     weight: np.ndarray
     groups: int = 1
     axes: tuple[int, ...] = ()
+    select: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Chains that read the same input, and whose outputs are added."""
+
+    chains: tuple[list[Factor], ...]
 
 
 #: `builder(decoder, codes, shape)` gives the chain in the order in which it runs, or None for the pair of `basis()`.
-Builder = Callable[[Decoder, np.ndarray, LayerShape], "list[Factor] | None"]
-_BUILDERS: dict[type[Decoder], Builder] = {}
+Builder = Callable[[Decoder, np.ndarray, LayerShape], "list[Factor] | Branches | None"]
+_BUILDERS: dict[type[Decoder], Mapping[str, Builder]] = {}
 
 
-def register_module(decoder_type: type[Decoder], builder: Builder) -> None:
+def register_module(decoder_type: type[Decoder], builder: Builder, forms: Mapping[str, Builder] | None = None) -> None:
     """Tell how a layer runs whose weight a class of decoders restores.
 
     Parameters
@@ -93,35 +104,58 @@ def register_module(decoder_type: type[Decoder], builder: Builder) -> None:
         `builder(decoder, codes, shape)` with codes (n_rows, m) in float64 and a `LayerShape` gives a list of `Factor`
         whose composition is `decoder.decode(codes)`, or None where the pair of codes and `decoder.basis()` is the best
         there is. It raises `NoSmallerModule(reason)` where the layer has to stay dense.
+    forms : dict of str to callable, optional
+        Other ways to run the same weight, by name, as builders of chains or of `Branches`. ``execute="auto"`` measures
+        them too; one that raises `NoSmallerModule` is left out.
     """
     if not (isinstance(decoder_type, type) and issubclass(decoder_type, Decoder)):
         raise TypeError(f"decoder_type must be a subclass of Decoder, got {decoder_type!r}")
     if not callable(builder):
         raise TypeError(f"builder must be callable as builder(decoder, codes, shape), got {builder!r}")
-    _BUILDERS[decoder_type] = builder
+    forms = {"": builder, **(forms or {})}
+    if not all(callable(form) for form in forms.values()):
+        raise TypeError(f"forms must be builders by name, got {forms!r}")
+    _BUILDERS[decoder_type] = forms
 
 
-def factors_of(tensor: CompressedTensor, shape: LayerShape) -> list[Factor]:
+def forms_of(tensor: CompressedTensor) -> tuple[str, ...]:
+    """Names of the ways in which a weight can run; the first is "", that of `register_module`'s `builder`."""
+    return tuple(_forms(_first_decoder(tensor)[1]))
+
+
+def _first_decoder(tensor: CompressedTensor) -> tuple[int, Decoder]:
+    """The first decoder that does something, and its place."""
+    first = next((i for i, d in enumerate(tensor.decoders) if not isinstance(d, IdentityDecoder)), 0)
+    return first, tensor.decoders[first]
+
+
+def _forms(decoder: Decoder) -> Mapping[str, Builder]:
+    return next((_BUILDERS[c] for c in type(decoder).__mro__ if c in _BUILDERS), {})
+
+
+def factors_of(tensor: CompressedTensor, shape: LayerShape, form: str = "") -> list[Factor] | Branches:
     """Chain of layers whose composition is `tensor.to_matrix()` (but for rounding).
 
-    The first decoder that does something restores the weight; what the others give are its codes.
+    The first decoder that does something restores the weight; what the others give are its codes. `form` is one of
+    `forms_of(tensor)`.
 
     Raises
     ------
     NoSmallerModule
         The decoder stands for no chain of layers.
     """
-    first = next((i for i, d in enumerate(tensor.decoders) if not isinstance(d, IdentityDecoder)), 0)
-    decoder = tensor.decoders[first]
-    builder = next((_BUILDERS[c] for c in type(decoder).__mro__ if c in _BUILDERS), None)
-    if builder is None:
+    first, decoder = _first_decoder(tensor)
+    forms = _forms(decoder)
+    if not forms:
         raise NoSmallerModule(f"{type(decoder).__name__} restores a dense weight only")
+    if form not in forms:
+        raise NoSmallerModule(f"{type(decoder).__name__} has no form {form!r}")
     codes = tensor.codes
     for later in reversed(tensor.decoders[first + 1 :]):
         codes = later.decode(codes)
     codes = np.array(codes, dtype=np.float64)
     codes[list(tensor.layout.zero_rows)] = 0.0
-    chain = builder(decoder, codes, shape)
+    chain = forms[form](decoder, codes, shape)
     return _pair(decoder, codes, shape) if chain is None else chain
 
 
@@ -189,22 +223,117 @@ def _cp(decoder, codes, shape):
     The channel of filter n and term r is n R + r. A kernel of one term runs as two convolutions, 1 x 1 and h x w:
     depthwise stages write N R channels each, and that is what they cost.
     """
+    pointwise, *spatial = _cp_factors(decoder, codes, shape)
+    if decoder.rank == 1:
+        return [_terms(pointwise, shape), Factor(_kernels(spatial, shape), len(codes), shape.axes)]
+    return [_terms(pointwise, shape), *_stages(spatial, shape)]
+
+
+def _fused_cp(decoder, codes, shape):
+    """1x1 from C to N R channels, then one convolution with the kernels of all axes, which adds the terms up."""
+    pointwise, *spatial = _cp_factors(decoder, codes, shape)
+    if decoder.rank == 1 or len(spatial) == 1:
+        raise NoSmallerModule("this is how it runs anyway")
+    return [_terms(pointwise, shape), Factor(_kernels(spatial, shape), len(codes), shape.axes)]
+
+
+def _split_cp(decoder, codes, shape):
+    """For every term a 1x1 from C to N channels and a depthwise convolution; the outputs of the pairs are added."""
+    pointwise, *spatial = _cp_factors(decoder, codes, shape)
+    if decoder.rank == 1:
+        raise NoSmallerModule("one term is one pair")
+
+    def only(r):
+        return [F[:, :, r : r + 1] for F in spatial]
+
+    return Branches(tuple([_terms(pointwise[:, :, r : r + 1], shape),
+                           Factor(_kernels(only(r), shape), len(codes), shape.axes)] for r in range(decoder.rank)))
+
+
+def _cp_factors(decoder, codes, shape):
     if decoder.kernel_shape != shape.kernel_shape or len(shape.kernel) == 0:
         raise NoSmallerModule("a CP decomposition of rows without pixels is the weight itself")
-    pointwise, *spatial = decoder.factors(codes)
+    return decoder.factors(codes)
+
+
+def _terms(pointwise, shape):
+    """1x1 to the channels n R + r of factors (n, C, R)."""
     n, channels, rank = pointwise.shape
-    ones = (1,) * len(spatial)
-    chain = [Factor(pointwise.transpose(0, 2, 1).reshape(n * rank, channels, *ones), shape.groups)]
-    if rank == 1:
-        kernel = math.prod(F.reshape(n, 1, *(-1 if e == d else 1 for e in shape.axes)) for d, F in enumerate(spatial))
-        return [*chain, Factor(kernel, n, shape.axes)]
-    for d, F in enumerate(spatial):
-        kernel = F.transpose(0, 2, 1).reshape(n, rank, *(-1 if e == d else 1 for e in shape.axes))
-        if d < len(spatial) - 1:
-            chain.append(Factor(kernel.reshape(n * rank, 1, *kernel.shape[2:]), n * rank, (d,)))
-        else:
-            chain.append(Factor(kernel, n, (d,)))
-    return chain
+    weight = pointwise.transpose(0, 2, 1).reshape(n * rank, channels, *(1 for _ in shape.kernel))
+    return Factor(weight, shape.groups)
+
+
+def _kernels(spatial, shape):
+    """(n, R, *kernel) of the factors of all axes."""
+    return math.prod(_along(F, d, shape) for d, F in enumerate(spatial))
+
+
+def _along(F, d, shape):
+    """Factor (n, k, R) as (n, R, *kernel), of length 1 along all axes but d."""
+    n, _, rank = F.shape
+    return F.transpose(0, 2, 1).reshape(n, rank, *(-1 if e == d else 1 for e in shape.axes))
+
+
+def _stages(spatial, shape, select=None):
+    """A depthwise convolution of n R channels for each axis; the last one adds the R terms of every filter."""
+    *before, last = (_along(F, d, shape) for d, F in enumerate(spatial))
+    chain = [Factor(F.reshape(-1, 1, *F.shape[2:]), F.shape[0] * F.shape[1], (d,)) for d, F in enumerate(before)]
+    chain.append(Factor(last, len(last), shape.axes[-1:]))
+    return [replace(chain[0], select=select), *chain[1:]]
+
+
+def _coupled_cp(decoder, codes, shape):
+    """1x1 from C to the K R channels of all clusters; every filter reads those of its own, in depthwise stages."""
+    if len(shape.kernel) == 0:
+        return _coupled_core(decoder, codes, shape)
+    spatial, select = _coupled_factors(decoder, codes, shape)
+    return [_shared(decoder, shape), *_stages(spatial, shape, select)]
+
+
+def _fused_coupled(decoder, codes, shape):
+    """1x1 to the channels of all clusters; then every filter has one convolution of those of its own."""
+    if len(shape.kernel) < 2:
+        raise NoSmallerModule("this is how it runs anyway")
+    spatial, select = _coupled_factors(decoder, codes, shape)
+    return [_shared(decoder, shape), Factor(_kernels(spatial, shape), len(codes), shape.axes, select)]
+
+
+def _coupled_core(decoder, codes, shape):
+    """1x1 to the channels of all clusters, then a dense convolution, with zeros for those of other clusters."""
+    _check_coupled(decoder, shape)
+    blocks = decoder.blocks(codes)
+    if len(shape.kernel) == 0:
+        weight = blocks.reshape(len(codes), -1)
+    else:
+        kernels = [_kernels(decoder.factors(blocks[:, k]), shape) for k in range(blocks.shape[1])]
+        weight = np.concatenate(kernels, axis=1)
+    return [_shared(decoder, shape), Factor(weight, shape.groups, shape.axes)]
+
+
+def _check_coupled(decoder, shape):
+    if (decoder.channels.shape[1], *decoder.kernel) != shape.kernel_shape:
+        raise NoSmallerModule("its rows were decomposed as other kernels")
+
+
+def _shared(decoder, shape):
+    """1x1 to the channels k R + r of every group."""
+    n_clusters, channels, rank = decoder.channels.shape
+    A = decoder.channels.astype(np.float64).transpose(0, 2, 1)
+    return _for_groups(A.reshape(n_clusters * rank, channels, *(1 for _ in shape.kernel)), shape.groups)
+
+
+def _coupled_factors(decoder, codes, shape):
+    """Spatial factors of every filter, and the channels n R + r that it reads; for codes of one cluster each."""
+    _check_coupled(decoder, shape)
+    blocks = decoder.blocks(codes)
+    used = blocks.any(axis=2)
+    if (used.sum(axis=1) > 1).any():
+        raise NoSmallerModule("its filters have codes in several clusters: a quantiser behind has to keep zeros")
+    labels, n = used.argmax(axis=1), len(codes)
+    n_clusters, _, rank = decoder.channels.shape
+    group = np.arange(n) // (n // shape.groups)
+    select = ((group * n_clusters + labels)[:, None] * rank + np.arange(rank)).reshape(-1)
+    return decoder.factors(blocks[np.arange(n), labels]), select
 
 
 def _for_groups(weight: np.ndarray, groups: int, axes: tuple[int, ...] = ()) -> Factor:
@@ -225,7 +354,8 @@ def _times(array: np.ndarray, matrix: np.ndarray, axis: int) -> np.ndarray:
 
 
 register_module(LinearDecoder, lambda decoder, codes, shape: None)
-register_module(CPDecoder, _cp)
+register_module(CPDecoder, _cp, {"fused": _fused_cp, "split": _split_cp})
+register_module(CoupledCPDecoder, _coupled_cp, {"fused": _fused_coupled, "core": _coupled_core})
 register_module(TuckerDecoder, _tucker)
 register_module(SpatialSeparableDecoder, _spatially_separable)
 register_module(DepthwiseSeparableDecoder, _depthwise_separable)

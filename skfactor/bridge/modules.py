@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from skfactor.bridge.factors import Factor, LayerShape, NoSmallerModule
+from skfactor.bridge.factors import Branches, Factor, LayerShape, NoSmallerModule
 
 __all__ = ["FactorizedConv1D", "FactorizedConv1d", "FactorizedConv2d", "FactorizedConv3d", "FactorizedConvTranspose1d",
            "FactorizedConvTranspose2d", "FactorizedConvTranspose3d", "FactorizedEmbedding", "FactorizedLayer",
-           "FactorizedLinear", "composed_weight", "dense_copy", "factorized_layer", "layer_shape",
-           "replacement_class"]
+           "FactorizedLinear", "FactorizedSum1d", "FactorizedSum2d", "FactorizedSum3d", "SelectedConv1d",
+           "SelectedConv2d", "SelectedConv3d", "SelectedConvTranspose1d", "SelectedConvTranspose2d",
+           "SelectedConvTranspose3d", "composed_weight", "dense_copy", "factorized_layer", "layer_shape",
+           "replacement_class", "stock_modules"]
 
 _HOOKS = ("_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook", "_forward_hooks",
           "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -116,10 +118,11 @@ class _FactorizedConv(FactorizedLayer):
     @property
     def weight(self) -> torch.Tensor:
         """Dense weight (out_channels, in_channels / groups, *kernel_size); the first two swapped if transposed."""
-        first, *rest = ((_rows_first(module), module.groups) for module in self)
-        weight, groups = first
-        for other, other_groups in rest:
-            weight, groups = _composed(weight, groups, other, other_groups)
+        first, *rest = self
+        weight, groups = _rows_first(first), first.groups
+        for module in rest:
+            weight = weight[module.select] if isinstance(module, _Selected) else weight
+            weight, groups = _composed(weight, groups, _rows_first(module), module.groups)
         return _inputs_first(weight, groups) if self.transposed else weight
 
 
@@ -162,6 +165,77 @@ class FactorizedConvTranspose3d(_FactorizedConvTranspose):
     """Narrow `nn.ConvTranspose3d` and `nn.Conv3d`s of one pixel in the place of one `nn.ConvTranspose3d`."""
 
 
+class _FactorizedSum(FactorizedLayer):
+    """Chains of convolutions that read the same input, and whose outputs are added."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Sum of all chains."""
+        first, *rest = self
+        total = first(input)
+        for chain in rest:
+            total = total + chain(input)
+        return total
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Dense weight (out_channels, in_channels / groups, *kernel_size)."""
+        first, *rest = self
+        total = first.weight
+        for chain in rest:
+            total = total + chain.weight
+        return total
+
+
+class FactorizedSum1d(_FactorizedSum):
+    """Several chains of `nn.Conv1d`, added, in the place of one `nn.Conv1d`."""
+
+
+class FactorizedSum2d(_FactorizedSum):
+    """Several chains of `nn.Conv2d`, added, in the place of one `nn.Conv2d`."""
+
+
+class FactorizedSum3d(_FactorizedSum):
+    """Several chains of `nn.Conv3d`, added, in the place of one `nn.Conv3d`."""
+
+
+class _Selected:
+    """A convolution of some channels of its input, in an order of its own and as often as it likes."""
+
+    def forward(self, input: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """Select the channels `select`, then convolve."""
+        axis = input.dim() - len(self.kernel_size) - 1  # there may be no batch
+        return super().forward(input.index_select(axis, self.select), *args, **kwargs)
+
+
+class SelectedConv1d(_Selected, nn.Conv1d):
+    """`nn.Conv1d` of selected channels."""
+
+
+class SelectedConv2d(_Selected, nn.Conv2d):
+    """`nn.Conv2d` of selected channels."""
+
+
+class SelectedConv3d(_Selected, nn.Conv3d):
+    """`nn.Conv3d` of selected channels."""
+
+
+class SelectedConvTranspose1d(_Selected, nn.ConvTranspose1d):
+    """`nn.ConvTranspose1d` of selected channels."""
+
+
+class SelectedConvTranspose2d(_Selected, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d` of selected channels."""
+
+
+class SelectedConvTranspose3d(_Selected, nn.ConvTranspose3d):
+    """`nn.ConvTranspose3d` of selected channels."""
+
+
+def stock_modules(layer: FactorizedLayer) -> list[nn.Module]:
+    """The modules of a chain, or of all chains of a sum, in order."""
+    return [m for child in layer for m in (stock_modules(child) if isinstance(child, FactorizedLayer) else [child])]
+
+
 def _composed(a: torch.Tensor, groups_a: int, b: torch.Tensor, groups_b: int) -> tuple[torch.Tensor, int]:
     """Weight and groups of one convolution that does what convolution b after convolution a does.
 
@@ -179,11 +253,14 @@ def _composed(a: torch.Tensor, groups_a: int, b: torch.Tensor, groups_b: int) ->
     return torch.einsum("gpnm...,gpmc...->gpnc...", b, a).flatten(0, 2), g
 
 
-def composed_weight(factors: list[Factor]) -> np.ndarray:
+def composed_weight(factors: list[Factor] | Branches) -> np.ndarray:
     """Weight (n_rows, *kernel_shape) in float64 of the one layer that does what the chain does."""
+    if isinstance(factors, Branches):
+        return sum(composed_weight(chain) for chain in factors.chains)
     weights = [torch.from_numpy(np.ascontiguousarray(factor.weight, dtype=np.float64)) for factor in factors]
     weight, groups = weights[0], factors[0].groups
     for other, factor in zip(weights[1:], factors[1:], strict=True):
+        weight = weight if factor.select is None else weight[torch.from_numpy(factor.select)]
         weight, groups = _composed(weight, groups, other, factor.groups)
     return weight.numpy()
 
@@ -200,7 +277,7 @@ def _inputs_first(weight: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 # --------------------------------------------------------------------------------------------------- one layer
-def factorized_layer(layer: nn.Module, factors: list[Factor]) -> FactorizedLayer:
+def factorized_layer(layer: nn.Module, factors: list[Factor] | Branches) -> FactorizedLayer:
     """Chain of stock modules in the place of a layer.
 
     Device, dtype, memory format, training mode, `requires_grad`, stride, padding, dilation, groups and forward and
@@ -210,7 +287,7 @@ def factorized_layer(layer: nn.Module, factors: list[Factor]) -> FactorizedLayer
     ----------
     layer : Module
         Not changed.
-    factors : list of Factor
+    factors : list of Factor, or Branches
         From `factors_of`, for `layer_shape(layer)`.
 
     Raises
@@ -220,12 +297,27 @@ def factorized_layer(layer: nn.Module, factors: list[Factor]) -> FactorizedLayer
     """
     base, (cls, modules) = _kind_of(layer)
     _check_plain(layer, base)
+    if isinstance(factors, Branches):
+        if base not in _SUMS:
+            raise NoSmallerModule(f"{type(layer).__name__} has no form as a sum of chains")
+        *others, last = factors.chains
+        chains = [factorized_layer(_one_branch(layer, None), chain) for chain in others]
+        chains.append(factorized_layer(_one_branch(layer, layer.bias), last))
+        return _SUMS[base](*chains)._become(layer)
     weights = [_like_weight(factor.weight, layer) for factor in factors]
     chain = modules(layer, factors, weights)
     replacement = cls(*chain)._become(layer)
     if isinstance(replacement, _FactorizedConvTranspose):
         replacement.__dict__["_axes"] = tuple(factor.axes for factor in factors)
     return replacement
+
+
+def _one_branch(layer: nn.Module, bias: nn.Parameter | None) -> nn.Module:
+    """The layer with this bias and without its hooks, which belong to the sum."""
+    branch, blank = copy.copy(layer), nn.Identity()
+    branch.__dict__["_parameters"] = layer._parameters | {"bias": bias}
+    branch.__dict__.update({name: blank.__dict__[name] for name in _HOOKS})
+    return branch
 
 
 def layer_shape(layer: nn.Module) -> LayerShape:
@@ -327,11 +419,14 @@ def _convolution(factor: Factor, weight: torch.Tensor, layer: nn.Module) -> nn.M
         options["padding_mode"] = layer.padding_mode
     if transposed:
         options["output_padding"] = along(layer.output_padding, 0)
-    cls = (_TRANSPOSED if transposed else _PLAIN)[n_axes]
+    kinds = _PLAIN if factor.select is None else _SELECTED
+    cls = kinds[n_axes][transposed]
     n_out, n_in = weight.shape[0], weight.shape[1] * factor.groups
     module = cls(n_in, n_out, tuple(weight.shape[2:]), bias=False, device="meta", **options)
     weight = _inputs_first(weight, factor.groups).contiguous() if transposed else weight
     module.weight = _parameter(_in_memory_format(weight, layer.weight), layer)
+    if factor.select is not None:
+        module.register_buffer("select", torch.from_numpy(factor.select.astype(np.int64)).to(weight.device))
     return module
 
 
@@ -344,8 +439,11 @@ def _in_memory_format(weight: torch.Tensor, model: torch.Tensor) -> torch.Tensor
     return weight.contiguous(memory_format=last)
 
 
-_PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+#: number of axes -> classes of plain and of transposed convolutions
+_PLAIN = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
+_SELECTED = {1: (SelectedConv1d, SelectedConvTranspose1d), 2: (SelectedConv2d, SelectedConvTranspose2d),
+             3: (SelectedConv3d, SelectedConvTranspose3d)}
+_SUMS = {nn.Conv1d: FactorizedSum1d, nn.Conv2d: FactorizedSum2d, nn.Conv3d: FactorizedSum3d}
 _KINDS: dict[type[nn.Module], tuple[type[FactorizedLayer], Callable]] = {
     nn.Linear: (FactorizedLinear, _linear_modules),
     nn.Embedding: (FactorizedEmbedding, _embedding_modules),
@@ -389,7 +487,7 @@ def dense_copy(model: nn.Module) -> nn.Module:
             done += (f"{path}." if path else "",)
             if id(module) not in made:
                 made[id(module)] = layer = module.dense()
-                key = tuple(id(child.weight) for child in module)
+                key = tuple(id(child.weight) for child in stock_modules(module))
                 layer.weight = weights.setdefault(key, layer.weight)
             if path:
                 model.set_submodule(path, made[id(module)])

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from skfactor.bridge.factors import Factor, LayerShape, NoSmallerModule, factors_of
+from skfactor.bridge.factors import Branches, Factor, LayerShape, NoSmallerModule, factors_of, forms_of
 from skfactor.bridge.latency import LayerInputs, describe, inputs_of_layers, layer_latencies
 from skfactor.bridge.layers import Network, unwrap
 from skfactor.bridge.modules import (
@@ -20,6 +20,7 @@ from skfactor.bridge.modules import (
     factorized_layer,
     layer_shape,
     replacement_class,
+    stock_modules,
 )
 from skfactor.bridge.rules import TensorEntry
 from skfactor.codec.tensor import CompressedTensor
@@ -43,11 +44,14 @@ class Replacement:
         The layers that have this weight; empty where they stay dense.
     chains : list of FactorizedLayer
         One for each layer; where there are several, their factors are the same parameters.
+    others : tuple of Replacement
+        Other ways to run the same weight.
     """
 
     record: LayerExecution
     layers: list[nn.Module]
     chains: list[FactorizedLayer]
+    others: tuple[Replacement, ...] = ()
 
     def dense_because(self, reason: str) -> Replacement:
         """The same with the layers as they are."""
@@ -61,8 +65,8 @@ def check_replaceable(model: nn.Module) -> None:
                          "torch.jit.script")
 
 
-def plan_replacements(model: nn.Module, network: Network,
-                      tensors: Mapping[str, CompressedTensor]) -> list[Replacement]:
+def plan_replacements(model: nn.Module, network: Network, tensors: Mapping[str, CompressedTensor], *,
+                      forms: Mapping[str, str] | None = None, all_forms: bool = False) -> list[Replacement]:
     """Chains of smaller layers where there are any, and for the other layers the reason why they stay dense.
 
     Parameters
@@ -73,6 +77,10 @@ def plan_replacements(model: nn.Module, network: Network,
         Of `model`.
     tensors : dict of str to CompressedTensor
         What is stored, by name of the entry.
+    forms : dict of str to str, optional
+        The form in which a weight is to run, of those that are not to run in the first; see `factors_of`.
+    all_forms : bool, default=False
+        Also plan the other forms of every weight.
 
     Raises
     ------
@@ -82,20 +90,26 @@ def plan_replacements(model: nn.Module, network: Network,
     check_replaceable(model)
     places = _places(model)
     entries = {entry.name: entry for entry in network.entries}
-    return [_planned(entries[name], network, tensor, places) for name, tensor in tensors.items()]
+    planned = []
+    for name, tensor in tensors.items():
+        plan = _planned(entries[name], network, tensor, places, (forms or {}).get(name, ""))
+        others = [form for form in forms_of(tensor) if form != plan.record.form] if all_forms else []
+        found = [_planned(entries[name], network, tensor, places, form) for form in others]
+        planned.append(replace(plan, others=tuple(other for other in found if other.layers)))
+    return planned
 
 
-def _planned(entry: TensorEntry, network: Network, tensor: CompressedTensor, places: _Places) -> Replacement:
+def _planned(entry: TensorEntry, network: Network, tensor: CompressedTensor, places: _Places, form: str) -> Replacement:
     names = ", ".join(alias.owner or alias.name for alias in entry.aliases)
-    record = LayerExecution(names, entry.name, "dense", parameters_dense=math.prod(entry.shape))
+    record = LayerExecution(names, entry.name, "dense", parameters_dense=math.prod(entry.shape), form=form)
     try:
         layers = _replaceable_layers(entry, network, places)
-        factors = factors_of(tensor, _common_shape(layers, tensor))
+        factors = factors_of(tensor, _common_shape(layers, tensor), form)
         _check_chain(factors, tensor, entry)
         chains = _chains(layers, factors)
     except NoSmallerModule as reason:
         return Replacement(replace(record, reason=str(reason)), [], [])
-    n_weights = sum(module.weight.numel() for module in chains[0])
+    n_weights = sum(module.weight.numel() for module in stock_modules(chains[0]))
     record = replace(record, execution="factorized", modules=_text(chains[0]), parameters_factorized=n_weights)
     plan = Replacement(record, layers, chains)
     if n_weights >= record.parameters_dense:
@@ -144,16 +158,16 @@ def _common_shape(layers: list[nn.Module], tensor: CompressedTensor) -> LayerSha
     return shape
 
 
-def _chains(layers: list[nn.Module], factors: list[Factor]) -> list[FactorizedLayer]:
+def _chains(layers: list[nn.Module], factors: list[Factor] | Branches) -> list[FactorizedLayer]:
     """One chain for each layer of a weight; tied layers stay tied, factor by factor."""
     first, *others = (factorized_layer(layer, factors) for layer in layers)
     for other in others:
-        for module, tied_to in zip(other, first, strict=True):
+        for module, tied_to in zip(stock_modules(other), stock_modules(first), strict=True):
             module.weight = tied_to.weight
     return [first, *others]
 
 
-def _check_chain(factors: list[Factor], tensor: CompressedTensor, entry: TensorEntry) -> None:
+def _check_chain(factors: list[Factor] | Branches, tensor: CompressedTensor, entry: TensorEntry) -> None:
     """LayerError unless the chain composes to the decoded weight: a mistake in a builder must not go unnoticed."""
     W = tensor.to_matrix()
     chain = composed_weight(factors)
@@ -169,6 +183,8 @@ def _check_chain(factors: list[Factor], tensor: CompressedTensor, entry: TensorE
 
 def _text(chain: FactorizedLayer) -> str:
     """The modules on one line: "Conv2d 64>16 3x3, Conv2d 16>64 1x1"."""
+    if isinstance(chain[0], FactorizedLayer):
+        return f"sum of {len(chain)} ({_text(chain[0])})"
     return ", ".join(map(_module_text, chain))
 
 
@@ -183,7 +199,7 @@ def _module_text(module: nn.Module) -> str:
 
 
 def keep_faster(model: nn.Module, plans: list[Replacement], batch: tuple[tuple, dict]) -> list[Replacement]:
-    """The same plans with those layers dense whose chain is not faster for the inputs that they get.
+    """The fastest form of every plan for the inputs that its layers get; dense layers where none is faster.
 
     Parameters
     ----------
@@ -194,23 +210,28 @@ def keep_faster(model: nn.Module, plans: list[Replacement], batch: tuple[tuple, 
     batch : (args, kwargs)
         One forward pass.
     """
-    seen = inputs_of_layers(model, (layer for plan in plans for layer in plan.layers), batch)
-    return [_faster(plan, seen) if plan.layers else plan for plan in plans]
+    layers = (layer for plan in plans for one in (plan, *plan.others) for layer in one.layers)
+    seen = inputs_of_layers(model, layers, batch)
+    return [_fastest(plan, seen) for plan in plans]
 
 
-def _faster(plan: Replacement, seen: Mapping[nn.Module, Mapping[LayerInputs, int]]) -> Replacement:
-    dense = chained = 0.0
-    for layer, chain in zip(plan.layers, plan.chains, strict=True):
-        times = layer_latencies([layer, chain], seen.get(layer, {}))
-        dense, chained = dense + times[0], chained + times[1]
-    kinds = list(dict.fromkeys(kind for layer in plan.layers for kind in seen.get(layer, ())))
+def _fastest(plan: Replacement, seen: Mapping[nn.Module, Mapping[LayerInputs, int]]) -> Replacement:
+    forms = [one for one in (plan, *plan.others) if one.layers]
+    if not forms:
+        return plan
+    layers = forms[0].layers
+    totals = np.zeros(1 + len(forms))
+    for i, layer in enumerate(layers):
+        totals += layer_latencies([layer, *(form.chains[i] for form in forms)], seen.get(layer, {}))
+    kinds = list(dict.fromkeys(kind for layer in layers for kind in seen.get(layer, ())))
     if not kinds:
         return plan.dense_because("the example inputs do not call it (something else may read its weight)")
+    best = int(totals[1:].argmin())
     texts = [text for kind in kinds for text in describe(kind.tensor())]
-    record = replace(plan.record, seconds_dense=dense, seconds_factorized=chained, inputs=" and ".join(texts),
-                     threads=torch.get_num_threads(), device=str(kinds[0].device))
-    plan = replace(plan, record=record)
-    return plan if chained < dense else plan.dense_because("the dense layer is faster")
+    record = replace(forms[best].record, seconds_dense=float(totals[0]), seconds_factorized=float(totals[1 + best]),
+                     inputs=" and ".join(texts), threads=torch.get_num_threads(), device=str(kinds[0].device))
+    fastest = replace(forms[best], record=record)
+    return fastest if totals[1 + best] < totals[0] else fastest.dense_because("the dense layer is faster")
 
 
 def replace_layers(model: nn.Module, plans: Iterable[Replacement]) -> None:

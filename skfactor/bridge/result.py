@@ -14,7 +14,7 @@ from skfactor.bridge.fitting import Fitted, Job, TensorRecord, fit_jobs, raw_rec
 from skfactor.bridge.rules import Plan, TensorEntry
 from skfactor.codec.container import SkfWriter
 from skfactor.codec.tensor import CompressedTensor, RawTensor
-from skfactor.report import FACTORIZED, LayerExecution, NetworkCost, Report
+from skfactor.report import FACTORIZED, FORMS, LayerExecution, NetworkCost, Report
 
 if TYPE_CHECKING:
     import torch
@@ -140,10 +140,13 @@ class CompressionResult:
         A file holds codes and decoders once, for dense and for factorised layers; which layers run factorised is a
         list of names in its metadata.
         """
-        if metadata is not None and FACTORIZED in metadata:
-            raise ValueError(f"metadata must not have the key {FACTORIZED!r}, which skfactor uses")
+        for key in (FACTORIZED, FORMS):
+            if metadata is not None and key in metadata:
+                raise ValueError(f"metadata must not have the key {key!r}, which skfactor uses")
         if names := [e.tensor for e in self.executions if e.execution == "factorized"]:
             metadata = (metadata or {}) | {FACTORIZED: names}
+        if forms := {e.tensor: e.form for e in self.executions if e.execution == "factorized" and e.form}:
+            metadata = (metadata or {}) | {FORMS: forms}
         with SkfWriter(path, metadata=metadata) as writer:
             for name, stored in self.names.items():
                 if name == stored:

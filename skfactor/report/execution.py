@@ -8,10 +8,12 @@ from typing import Any
 
 from skfactor.report.tables import ratio_text, text_table
 
-__all__ = ["FACTORIZED", "LayerExecution", "NetworkCost", "execution_cells", "execution_footnotes"]
+__all__ = ["FACTORIZED", "FORMS", "LayerExecution", "NetworkCost", "execution_cells", "execution_footnotes"]
 
 #: Key of a file's metadata: names of the tensors whose layers run factorised.
 FACTORIZED = "skfactor.factorized"
+#: Key of a file's metadata: the forms in which they run, by name, of those that do not run in the first.
+FORMS = "skfactor.forms"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class LayerExecution:
         Shape and dtype of the inputs that were measured.
     threads : int or None
     device : str
+    form : str
+        Name of the form in which the chain runs, where its weight has several; "" for the first.
     """
 
     layer: str
@@ -52,6 +56,7 @@ class LayerExecution:
     inputs: str = ""
     threads: int | None = None
     device: str = ""
+    form: str = ""
 
     @property
     def parameters(self) -> int | None:

@@ -14,7 +14,7 @@ from scipy.linalg import cho_factor, cho_solve
 from skfactor.solvers.cp import cp_matrix, khatri_rao
 from skfactor.solvers.whitening import DAMPING, damped_grams, row_groups
 
-__all__ = ["OutputFit", "refit_cp"]
+__all__ = ["OutputFit", "fit_spatial_factor", "refit_cp"]
 
 _DIRECT = 1024  # unknowns up to which a filter's channel factor is solved for directly
 _CG_STEPS = 30
@@ -66,7 +66,7 @@ def refit_cp(X, pointwise, spatial, gram, *, n_rounds=4, damping=DAMPING):
         a = _fit_pointwise(a, s, wG, G)
         for _ in range(n_rounds):
             for d in range(len(s)):
-                s[d] = _fit_spatial(a, s, d, wG, G)
+                s[d] = fit_spatial_factor(a, s, d, wG, G)
             a = _fit_pointwise(a, s, wG, G)
         E = w - cp_matrix(a, s)
         errors[rows] = np.einsum("nd,nd->n", E @ G, E)
@@ -98,7 +98,7 @@ def _fit_pointwise(A, spatial, wG, G):
     return out
 
 
-def _fit_spatial(A, spatial, d, wG, G):
+def fit_spatial_factor(A, spatial, d, wG, G):
     """Best factors (n, k_d, R) of one spatial axis."""
     n, channels, rank = A.shape
     shape = [F.shape[1] for F in spatial]
