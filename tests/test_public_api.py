@@ -22,6 +22,7 @@ PUBLIC = {
     "LowRankFactorizer",
     "MagnitudePruner",
     "MantissaRounder",
+    "PrunedNetwork",
     "Report",
     "SeparableFactorizer",
     "SkfactorError",
@@ -34,9 +35,12 @@ PUBLIC = {
     "compress",
     "compress_file",
     "decompress_file",
+    "filter_groups",
     "load",
     "load_into",
+    "prune_filters",
     "register_layer",
+    "remove_filters",
 }
 
 
