@@ -62,8 +62,8 @@ class ChannelMap:
     ----------
     axes : dict of (str, int) to ndarray of int
         Atoms of every axis of a parameter or buffer that counts channels; tied tensors have their first name.
-    outputs : dict of str to int
-        For each weight of a layer its axis of output channels; in the order in which the layers run.
+    outputs : dict of str to (str, int)
+        For each weight of a layer the key in `axes` of its output channels; in the order in which the layers run.
     inputs : dict of str to int
         For each weight whose input channels can be removed one by one its axis of input channels.
     followers : set of str
@@ -78,7 +78,7 @@ class ChannelMap:
     """
 
     axes: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
-    outputs: dict[str, int] = field(default_factory=dict)
+    outputs: dict[str, tuple[str, int]] = field(default_factory=dict)
     inputs: dict[str, int] = field(default_factory=dict)
     followers: set[str] = field(default_factory=set)
     calls: list[Call] = field(default_factory=list)
@@ -96,7 +96,7 @@ class ChannelMap:
 
     def sets_of(self, weight: str) -> np.ndarray:
         """Set of every output channel of a layer, by the name of its weight."""
-        return self.roots[self.axes[weight, self.outputs[weight]]]
+        return self.roots[self.axes[self.outputs[weight]]]
 
 
 def analyse(model: nn.Module, graph: Graph) -> ChannelMap:
@@ -181,13 +181,14 @@ class _Tracer:
         if known is not atoms:
             self.join(known, atoms)
 
-    def produced(self, tensor: str, axis: int, n: int) -> np.ndarray:
-        """Atoms of the output channels of a weight: the same at every call."""
+    def produced(self, tensor: str, axis: int | None, n: int) -> np.ndarray:
+        """Atoms of the output channels of a weight: the same at every call. The weight may have no axis of them."""
         self.understood.add(tensor)
-        self.map.outputs.setdefault(tensor, axis)
-        if (tensor, axis) not in self.map.axes:
-            self.map.axes[tensor, axis] = self.fresh(n)
-        return self.map.axes[tensor, axis]
+        key = (tensor, axis) if axis is not None else (f"{tensor}:outputs", 0)
+        self.map.outputs.setdefault(tensor, key)
+        if key not in self.map.axes:
+            self.map.axes[key] = self.fresh(n)
+        return self.map.axes[key]
 
     # --------------------------------------------------------------------------------------------------- values
     def tensor(self, value: Any) -> str | None:
@@ -324,10 +325,8 @@ def _transposed_convolution(t: _Tracer, node: fx.Node) -> Channels | None:
         outputs = t.produced(weight, 1, n_out)
         t.map.inputs[weight] = 0
     else:
-        # the weight has no axis of all outputs: they go with its inputs
-        outputs = t.map.axes.setdefault((f"{weight}:outputs", 0), None)
-        if outputs is None:
-            outputs = t.map.axes[f"{weight}:outputs", 0] = t.fresh(groups * n_out)
+        outputs = t.produced(weight, None, groups * n_out)
+        t.map.followers.add(weight)
         _join_groups(t, groups, atoms, outputs)
     if bias is not None:
         t.bind(t.tensor(bias), 0, outputs)
