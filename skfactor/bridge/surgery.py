@@ -8,7 +8,7 @@ channels are zero, wherever they occur.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -110,9 +110,8 @@ class PrunedNetwork:
         Largest difference of the output from that of the network with these channels set to zero, relative to the
         largest output.
     parameters_before, parameters_after : int
-    refitted : dict of str to float
-        Layers whose weights were refit (`skfactor.prune_filters`), with the relative squared error of their outputs
-        on the calibration inputs.
+    refitted : tuple of str
+        Layers whose weights were refit (`skfactor.prune_filters`).
     """
 
     model: nn.Module
@@ -121,7 +120,7 @@ class PrunedNetwork:
     difference: float
     parameters_before: int
     parameters_after: int
-    refitted: dict[str, float] = field(default_factory=dict)
+    refitted: tuple[str, ...] = ()
 
     def save(self, path: str | PathLike, metadata: dict[str, Any] | None = None) -> str | PathLike:
         """Write the network losslessly, with its removals; `skfactor.load_into` restores it."""
