@@ -19,6 +19,7 @@ _MODULE_OF = {
     "CompressionSearchCV": "skfactor.selection",
     "DictionaryFactorizer": "skfactor.estimators",
     "FormatError": "skfactor.exceptions",
+    "GradualPruning": "skfactor.bridge",
     "HierarchicalTuckerFactorizer": "skfactor.estimators",
     "KMeansWeightSharer": "skfactor.estimators",
     "LayerError": "skfactor.exceptions",
@@ -42,6 +43,7 @@ _MODULE_OF = {
     "load": "skfactor.bridge",
     "load_into": "skfactor.bridge",
     "register_layer": "skfactor.bridge",
+    "sensitivity": "skfactor.bridge",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

@@ -16,6 +16,7 @@ PUBLIC = {
     "CompressionSearchCV",
     "DictionaryFactorizer",
     "FormatError",
+    "GradualPruning",
     "HierarchicalTuckerFactorizer",
     "KMeansWeightSharer",
     "LayerError",
@@ -40,6 +41,7 @@ PUBLIC = {
     "load",
     "load_into",
     "register_layer",
+    "sensitivity",
 }
 
 

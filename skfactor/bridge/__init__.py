@@ -14,9 +14,11 @@ _HOME = {
     "Factor": "factors",
     "FactorizedLayer": "modules",
     "FileResult": "files",
+    "GradualPruning": "training.schedules",
     "LayerShape": "factors",
     "LayerSpec": "layers",
     "NoSmallerModule": "factors",
+    "Sensitivity": "training.schedules",
     "TensorRecord": "fitting",
     "TrainedSharing": "training.shared",
     "TrainingMethod": "training.base",
@@ -37,6 +39,7 @@ _HOME = {
     "register_module": "factors",
     "rows_first": "layers",
     "rows_last": "layers",
+    "sensitivity": "training.schedules",
 }
 __all__ = sorted(_HOME)
 

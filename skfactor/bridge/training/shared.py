@@ -21,6 +21,7 @@ from skfactor.bridge.training.weights import (
     multiply,
     restored,
     slots_by_tensor,
+    with_state_of,
 )
 from skfactor.codec.decoders import CodebookDecoder, IdentityDecoder
 from skfactor.codec.dtypes import to_float
@@ -164,13 +165,7 @@ class TrainedSharing(TrainingMethod):
             relative to the trained network.
         """
         made = {name: self._made(name) for name in self._weights}
-        model = deep_copy(self._plain)
-        trained = self.model.state_dict()
-        with torch.no_grad():
-            for name, value in model.state_dict().items():
-                if name in trained and isinstance(value, torch.Tensor):
-                    value.copy_(trained[name])
-        return restored(model, made, self._rules, self._skipped)
+        return restored(with_state_of(self._plain, self.model), made, self._rules, self._skipped)
 
     def _made(self, name: str) -> Fitted:
         """What is stored of one shared weight."""

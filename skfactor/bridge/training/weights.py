@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from skfactor.bridge.apply import source_of, write_tensors
+from skfactor.bridge.apply import deep_copy, source_of, write_tensors
 from skfactor.bridge.fitting import Fitted
 from skfactor.bridge.layers import entries_of_module
 from skfactor.bridge.result import CompressionResult, assemble, compress_source
 from skfactor.bridge.rules import Plan
 
-__all__ = ["attach", "masks_of_zeros", "multiply", "restored", "slots_by_tensor"]
+__all__ = ["attach", "masks_of_zeros", "multiply", "restored", "slots_by_tensor", "with_state_of"]
 
 #: A parameter's place: the module and the name of its attribute.
 Slot = tuple[nn.Module, str]
@@ -61,6 +61,16 @@ def attach(slots: Iterable[Slot], source: nn.Module, originals: Mapping[str, nn.
         parametrize.register_parametrization(module, attribute, source, unsafe=True)
         for name, parameter in originals.items():
             setattr(module.parametrizations[attribute], name, parameter)
+
+
+def with_state_of(plain: nn.Module, trained: nn.Module) -> nn.Module:
+    """Copy of a network with the values that another of the same make has under the same names."""
+    model, state = deep_copy(plain), trained.state_dict()
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name in state and isinstance(value, torch.Tensor):
+                value.copy_(state[name])
+    return model
 
 
 def masks_of_zeros(tensors: Iterable[torch.Tensor]) -> list[tuple[nn.Parameter, torch.Tensor]]:
