@@ -169,7 +169,7 @@ def test_amounts_are_the_best_of_all_choices():
         best = min(map(total, itertools.product(range(4), repeat=3)))
         chosen = [int(np.flatnonzero(grid == a)[0]) for a in found.amounts(amount).values()]
         assert total(chosen) <= best * 1.0001 + 1e-12
-    with pytest.raises(ValueError, match="at most the largest share tried, 0.95, got 0.99"):
+    with pytest.raises(ValueError, match=r"at most the largest share tried, 0\.95, got 0\.99"):
         found.amounts(0.99)
 
 
