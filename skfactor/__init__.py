@@ -21,6 +21,7 @@ _MODULE_OF = {
     "CoupledCPDFactorizer": "skfactor.estimators",
     "DictionaryFactorizer": "skfactor.estimators",
     "FormatError": "skfactor.exceptions",
+    "GradualPruning": "skfactor.bridge",
     "HierarchicalTuckerFactorizer": "skfactor.estimators",
     "KMeansWeightSharer": "skfactor.estimators",
     "LayerError": "skfactor.exceptions",
@@ -32,6 +33,8 @@ _MODULE_OF = {
     "SeparableFactorizer": "skfactor.estimators",
     "SkfactorError": "skfactor.exceptions",
     "TensorTrainFactorizer": "skfactor.estimators",
+    "TrainedSharing": "skfactor.bridge",
+    "TrainingMethod": "skfactor.bridge",
     "TuckerFactorizer": "skfactor.estimators",
     "UniformQuantizer": "skfactor.estimators",
     "allocate": "skfactor.bridge",
@@ -40,11 +43,13 @@ _MODULE_OF = {
     "compress_file": "skfactor.bridge",
     "decompress_file": "skfactor.bridge",
     "filter_groups": "skfactor.bridge",
+    "finetune": "skfactor.bridge",
     "load": "skfactor.bridge",
     "load_into": "skfactor.bridge",
     "prune_filters": "skfactor.bridge",
     "register_layer": "skfactor.bridge",
     "remove_filters": "skfactor.bridge",
+    "sensitivity": "skfactor.bridge",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

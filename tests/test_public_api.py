@@ -18,6 +18,7 @@ PUBLIC = {
     "CoupledCPDFactorizer",
     "DictionaryFactorizer",
     "FormatError",
+    "GradualPruning",
     "HierarchicalTuckerFactorizer",
     "KMeansWeightSharer",
     "LayerError",
@@ -29,6 +30,8 @@ PUBLIC = {
     "SeparableFactorizer",
     "SkfactorError",
     "TensorTrainFactorizer",
+    "TrainedSharing",
+    "TrainingMethod",
     "TuckerFactorizer",
     "UniformQuantizer",
     "__version__",
@@ -38,11 +41,13 @@ PUBLIC = {
     "compress_file",
     "decompress_file",
     "filter_groups",
+    "finetune",
     "load",
     "load_into",
     "prune_filters",
     "register_layer",
     "remove_filters",
+    "sensitivity",
 }
 
 

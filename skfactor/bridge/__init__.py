@@ -16,12 +16,16 @@ _HOME = {
     "FileResult": "files",
     "FilterGroup": "surgery",
     "FilterGroups": "surgery",
+    "GradualPruning": "training.schedules",
     "LayerShape": "factors",
     "LayerSpec": "layers",
     "Moments": "calibrate",
     "NoSmallerModule": "factors",
     "PrunedNetwork": "surgery",
+    "Sensitivity": "training.schedules",
     "TensorRecord": "fitting",
+    "TrainedSharing": "training.shared",
+    "TrainingMethod": "training.base",
     "allocate": "allocation",
     "calibration_moments": "apply",
     "collect_moments": "calibrate",
@@ -31,6 +35,7 @@ _HOME = {
     "decompress_file": "files",
     "dense_copy": "modules",
     "filter_groups": "surgery",
+    "finetune": "training.finetune",
     "input_vectors": "calibrate",
     "load": "apply",
     "load_into": "apply",
@@ -42,6 +47,7 @@ _HOME = {
     "remove_filters": "surgery",
     "rows_first": "layers",
     "rows_last": "layers",
+    "sensitivity": "training.schedules",
 }
 __all__ = sorted(_HOME)
 
