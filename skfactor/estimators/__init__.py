@@ -20,12 +20,16 @@ from skfactor.estimators.tucker import TuckerFactorizer
 from skfactor.estimators.uniform_quantizer import UniformQuantizer
 
 # public name -> module that imports torch
-_TRAINED = {"AutoencoderCompressor": "skfactor.estimators.autoencoder"}
+_TRAINED = {
+    "AutoencoderCompressor": "skfactor.estimators.autoencoder",
+    "DeepKMeansRegularizer": "skfactor.estimators.deep_kmeans",
+}
 
 __all__ = [
     "AutoencoderCompressor",
     "BaseCompressor",
     "BlockTermFactorizer",
+    "DeepKMeansRegularizer",
     "DictionaryFactorizer",
     "HierarchicalTuckerFactorizer",
     "KMeansWeightSharer",
