@@ -150,11 +150,11 @@ def rules_of(model, clusters, lam, relaxation):
             for name, k, p in zip(names, PAPER_CLUSTERS[clusters], PAPER_ZEROS[clusters], strict=True)}
 
 
-def run(folder, args, arm, clusters, lam, epochs):
-    """Train one arm; the finished method."""
+def run(folder, args, arm, clusters, lam, epochs, model=None):
+    """Train one arm, of the trained network unless another is given; the method before its end."""
     from skfactor import DeepKMeansTraining
 
-    model = trained(folder, args)
+    model = trained(folder, args) if model is None else model
     relaxation = "spectral" if arm == "spectral" else None
     rules = rules_of(model, clusters, lam if arm in ("clusters", "spectral") else 0.0, relaxation)
     method = DeepKMeansTraining(model, rules, schedule="linear", growth=args.growth)
@@ -201,13 +201,14 @@ def chosen_lambda(args, clusters):
         return args.lam
     tried = [c for c in read(args.json)["chosen_on"] if (c["network"], c["clusters"]) == (args.network, clusters)]
     if not tried:
-        raise SystemExit(f"no λ was chosen for {args.network} with {clusters} clusters: run --choose first or give --lam")
+        raise SystemExit(f"no λ chosen for {args.network} with {clusters} clusters: run --choose first or give --lam")
     return max(tried, key=lambda c: c["held_back_accuracy"])["lam"]
 
 
 def rows(folder, args):
     """Every arm at every number of clusters; training with the plain loss is one run for all of them."""
     images, labels = test_set(folder, "cifar10")
+    plain = None
     base = accuracy(trained(folder, args).cpu().eval(), images, labels)
     float32 = sum(4 * t.numel() for t in make(args.network).state_dict().values() if t.is_floating_point())
     for arm in args.arms:
@@ -216,14 +217,18 @@ def rows(folder, args):
                 continue
             lam = chosen_lambda(args, clusters) if arm in ("clusters", "spectral") else 0.0
             start = time.process_time()
-            method = run(folder, args, arm, clusters, lam, args.epochs)
+            if arm == "plain" and plain is not None:
+                method = run(folder, args, "share", clusters, lam, 0, plain)
+            else:
+                method = run(folder, args, arm, clusters, lam, args.epochs)
+            plain = method.model if arm == "plain" else None
             n_bytes, after, before = measured(folder, args, method)
             add(args, "rows", {"network": args.network, "clusters": clusters, "arm": arm, "lam": lam,
                                "epochs": 0 if arm == "share" else args.epochs, "images_per_epoch": args.images,
-                               "bytes": n_bytes, "ratio": round(float32 / n_bytes, 2), "accuracy_trained": round(base, 2),
-                               "accuracy_before_sharing": round(before, 2), "accuracy_after": round(after, 2),
-                               "points_lost": round(base - after, 2), "test_images": len(labels),
-                               "cpu_seconds": round(time.process_time() - start, 1)})
+                               "bytes": n_bytes, "ratio": round(float32 / n_bytes, 2),
+                               "accuracy_trained": round(base, 2), "accuracy_before_sharing": round(before, 2),
+                               "accuracy_after": round(after, 2), "points_lost": round(base - after, 2),
+                               "test_images": len(labels), "cpu_seconds": round(time.process_time() - start, 1)})
 
 
 def read(path):

@@ -15,6 +15,7 @@ from skfactor.estimators.low_rank import LowRankFactorizer
 from skfactor.estimators.magnitude_pruner import MagnitudePruner
 from skfactor.estimators.mantissa_rounder import MantissaRounder
 from skfactor.estimators.separable import SeparableFactorizer
+from skfactor.estimators.soft_sharer import SoftWeightSharer
 from skfactor.estimators.tensor_train import TensorTrainFactorizer
 from skfactor.estimators.tucker import TuckerFactorizer
 from skfactor.estimators.uniform_quantizer import UniformQuantizer
@@ -37,6 +38,7 @@ __all__ = [
     "MagnitudePruner",
     "MantissaRounder",
     "SeparableFactorizer",
+    "SoftWeightSharer",
     "TensorTrainFactorizer",
     "TuckerFactorizer",
     "UniformQuantizer",

@@ -185,13 +185,13 @@ class DeepKMeansTraining(TrainingMethod):
         self._clusters[name] = _Clusters(fitted.cluster_centers_, fitted.zero_threshold_ is not None, labels, subspace)
 
     def _warn_of_spectral(self) -> None:
-        idle = [name for name, c in self._clusters.items()
-                if c.subspace is not None and self._regularizers[name].n_clusters >= min(c.centers.shape[1], len(c.labels))]
+        idle = [name for name, c in self._clusters.items() if c.subspace is not None
+                and self._regularizers[name].n_clusters >= min(c.centers.shape[1], len(c.labels))]
         if idle:
+            names = ", ".join(idle[:3]) + (", ..." if len(idle) > 3 else "")
             warnings.warn(f"relaxation='spectral' does nothing for {len(idle)} of {len(self._clusters)} layers "
-                          f"({', '.join(idle[:3])}{', ...' if len(idle) > 3 else ''}): the relaxed penalty is identically "
-                          "zero where n_clusters is at least the length of a sample; relaxation=None has the penalty "
-                          "that it relaxes", UserWarning, stacklevel=3)
+                          f"({names}): the relaxed penalty is identically zero where n_clusters is at least the length "
+                          "of a sample; relaxation=None has the penalty that it relaxes", UserWarning, stacklevel=3)
 
 
 def _layout(entry: TensorEntry) -> Layout:
