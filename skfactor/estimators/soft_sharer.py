@@ -69,7 +69,7 @@ class SoftWeightSharer(OneToOneFeatureMixin, BaseCompressor):
     zero_prior_std : float, default=0.1
     zero_prior_shape : float, default=5000.0
         The same for the component at zero.
-    merge_divergence : float, default=0.01
+    merge_divergence : float, default=0.1
         Components of a smaller (symmetric) Kullback-Leibler divergence are merged; 0 merges none.
     max_iter : int, default=300
         Most steps of EM; with 0 the start is used as it is.
@@ -138,7 +138,7 @@ class SoftWeightSharer(OneToOneFeatureMixin, BaseCompressor):
     }
 
     def __init__(self, n_components=17, *, zero_weight=0.999, prior_std=0.1, prior_shape=250.0, zero_prior_std=0.1,
-                 zero_prior_shape=5000.0, merge_divergence=0.01, max_iter=300, tol=1e-6, weights_init=None,
+                 zero_prior_shape=5000.0, merge_divergence=0.1, max_iter=300, tol=1e-6, weights_init=None,
                  means_init=None, precisions_init=None, coder="auto"):
         self.n_components = n_components
         self.zero_weight = zero_weight

@@ -17,6 +17,7 @@ __all__ = ["GaussianMixture1DResult", "PrecisionPrior", "gaussian_mixture_1d", "
 
 _FEW = 1 << 15  # distinct values up to which every value is its own point
 _BINS = 1 << 14
+_NOTHING = 1e-12
 _LOG_2PI = float(np.log(2 * np.pi))
 
 
@@ -202,7 +203,7 @@ def _m_step(points, log_joint, norm, old, prior, zero_weight):
     share = np.exp(log_joint - norm[:, None])
     share *= points.mass[:, None]
     counts = share.sum(axis=0)
-    full = counts > 0
+    full = counts > _NOTHING * points.mass.sum()  # a component that vanishes keeps what it has
     moved = full.copy()
     moved[0] = False
     mu[moved] = (points.x @ share)[moved] / counts[moved]

@@ -21,7 +21,7 @@ from skfactor.estimators.soft_sharer import SoftWeightSharer, mixture_start, pre
 
 __all__ = ["MixturePrior", "SoftSharingTraining"]
 
-_NODES_PER_STD = 8
+_NODES_PER_STD = 16
 _MOST_NODES = 1 << 15
 
 
@@ -97,7 +97,7 @@ class MixturePrior(nn.Module):
     def forward(self, weights: torch.Tensor) -> torch.Tensor:
         r"""Cost :math:`-\sum_i \log p(w_i) - \sum_k \log \Gamma(t_k|a_k, b_k)` in nats, up to constants.
 
-        The density is a function of one number: it is evaluated on a grid of an eighth of the smallest standard
+        The density is a function of one number: it is evaluated on a grid of a sixteenth of the smallest standard
         deviation, and weights between two nodes get the linear interpolation, whose gradient this has exactly.
         """
         log_weights, means, precisions = self.mixture()
