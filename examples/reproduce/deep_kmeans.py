@@ -273,7 +273,7 @@ def main():
     parser.add_argument("--network", default="resnet20", help="resnet20 (trained already) or wrn-DEPTH-WIDTH")
     parser.add_argument("--clusters", nargs="*", default=["32", "16"], help="per layer; or paper45, paper50")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--images", type=int, default=4096, help="images of one epoch")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.02)
