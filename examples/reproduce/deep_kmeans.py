@@ -256,8 +256,8 @@ def table(found):
              "spectral": "spectral penalty, as published"}
     lines = ["| network | clusters | re-training | λ | images seen | bytes | smaller | accuracy before sharing | after "
              "| lost |", "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|"]
-    order = sorted(found, key=lambda r: (r["network"], r["bytes"] // 5000 * -1, ARMS.index(r["arm"])))
-    order.sort(key=lambda r: (r["network"], [k["clusters"] for k in found].index(r["clusters"]), ARMS.index(r["arm"])))
+    clusters = [r["clusters"] for r in found]
+    order = sorted(found, key=lambda r: (r["network"], clusters.index(r["clusters"]), ARMS.index(r["arm"])))
     for r in order:
         lines.append(f"| {r['network']} | {r['clusters']} | {names[r['arm']]} | {r['lam'] or ''} "
                      f"| {r['epochs'] * r['images_per_epoch']:,} | {r['bytes']:,} | {r['ratio']:.1f}x "
