@@ -17,12 +17,16 @@ from skfactor.estimators.low_rank import LowRankFactorizer
 from skfactor.estimators.magnitude_pruner import MagnitudePruner
 from skfactor.estimators.mantissa_rounder import MantissaRounder
 from skfactor.estimators.separable import SeparableFactorizer
+from skfactor.estimators.soft_sharer import SoftWeightSharer
 from skfactor.estimators.tensor_train import TensorTrainFactorizer
 from skfactor.estimators.tucker import TuckerFactorizer
 from skfactor.estimators.uniform_quantizer import UniformQuantizer
 
 # public name -> module that imports torch
-_TRAINED = {"AutoencoderCompressor": "skfactor.estimators.autoencoder"}
+_TRAINED = {
+    "AutoencoderCompressor": "skfactor.estimators.autoencoder",
+    "DeepKMeansRegularizer": "skfactor.estimators.deep_kmeans",
+}
 
 __all__ = [
     "AutoencoderCompressor",
@@ -30,6 +34,7 @@ __all__ = [
     "BlockTermFactorizer",
     "CPDFilterPruner",
     "CoupledCPDFactorizer",
+    "DeepKMeansRegularizer",
     "DictionaryFactorizer",
     "HierarchicalTuckerFactorizer",
     "KMeansWeightSharer",
@@ -37,6 +42,7 @@ __all__ = [
     "MagnitudePruner",
     "MantissaRounder",
     "SeparableFactorizer",
+    "SoftWeightSharer",
     "TensorTrainFactorizer",
     "TuckerFactorizer",
     "UniformQuantizer",

@@ -166,6 +166,42 @@ def kmeans(X, n_clusters, *, rng, sample_weight=None, n_init=1, max_iter=100, to
     return best
 
 
+def lloyd(X, centers, *, sample_weight=None, max_iter=100, tol=4e-4, n_threads=None):
+    """Lloyd's iteration from given centres, with the steps of `kmeans`: where rows move a little, so do their clusters.
+
+    Parameters
+    ----------
+    X : ndarray of shape (n, d), float32 or float64
+    centers : ndarray of shape (k, d)
+    sample_weight, max_iter, tol, n_threads
+        As in `kmeans`.
+
+    Returns
+    -------
+    KMeansResult
+        The centres in the order of those given; the inertia is not above that of the centres given.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skfactor.solvers.kmeans import lloyd
+    >>> lloyd(np.array([[0.0], [3.0], [9.0]]), np.array([[8.0], [1.0]])).labels
+    array([1, 1, 0], dtype=uint8)
+    """
+    centers = np.asarray(centers, dtype=np.float64)
+    if centers.ndim != 2 or len(centers) == 0 or not np.isfinite(centers).all():
+        raise ValueError(f"centers must be a finite matrix with at least one row, got shape {centers.shape}")
+    X, weights = _check(X, len(centers), sample_weight)
+    if X.shape[1] != centers.shape[1]:
+        raise ValueError(f"X and centers must have the same number of columns, got shapes {X.shape}, {centers.shape}")
+    with _threads(n_threads, X.size * len(centers)) as pool:
+        space = _space(X)
+        start = (centers - space.shift.astype(np.float64)) * space.scale
+        labels, state, n_iter, converged = _improve(_points(space.rows, weights), start, (max_iter, tol), pool)
+        centers, labels = _finish(X, space, state, labels, pool)
+        return KMeansResult(centers, labels, _inertia(X, weights, centers, labels, pool), n_iter, converged)
+
+
 def assign(X, centers, *, n_threads=None):
     """Index of the nearest centre of every row.
 
