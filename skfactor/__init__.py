@@ -14,6 +14,7 @@ _MODULE_OF = {
     "AutoencoderCompressor": "skfactor.estimators",
     "BaseCompressor": "skfactor.estimators",
     "BlockTermFactorizer": "skfactor.estimators",
+    "CPDFilterPruner": "skfactor.estimators",
     "Calibration": "skfactor.bridge",
     "CompressionResult": "skfactor.bridge",
     "CompressionSearchCV": "skfactor.selection",

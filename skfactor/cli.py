@@ -26,6 +26,7 @@ METHODS = {
     "blockterm": "BlockTermFactorizer",
     "dictionary": "DictionaryFactorizer",
     "htucker": "HierarchicalTuckerFactorizer",
+    "cp": "CPDFilterPruner",
     "kmeans": "KMeansWeightSharer",
     "lowrank": "LowRankFactorizer",
     "prune": "MagnitudePruner",

@@ -7,6 +7,7 @@ from typing import Any
 from skfactor import (
     AutoencoderCompressor,
     BlockTermFactorizer,
+    CPDFilterPruner,
     DictionaryFactorizer,
     HierarchicalTuckerFactorizer,
     KMeansWeightSharer,
@@ -109,4 +110,12 @@ CASES = [
          full=None, sklearn=False, optimal=False, shrinks=True),
     Case(DictionaryFactorizer(6, vector_size=4, random_state=0), budget=("alpha", (4.0, 2.0, 1.0, 0.1)),
          full={**_ALL_ATOMS, "n_components": 12}, rounding=1e-6, sklearn=False, optimal=False, shrinks=True),
+    Case(CPDFilterPruner(), budget=("n_filters", (2, 4, 8, 12)), full={}),
+    Case(CPDFilterPruner(rank=2, kernel_shape=(4, 2, 2)), budget=("rank", (1, 2, 3, 4)), full={"rank": None},
+         rounding=1e-6, sklearn=False),
+    Case(CPDFilterPruner(rank="auto", kernel_shape=(2, 8)), budget=("target_error", (0.5, 0.2, 0.01)),
+         full={"target_error": 0.0}, rounding=1e-6, sklearn=False),
+    Case(CPDFilterPruner(rank=2, kernel_shape=(2, 2, 2, 2), prune_ratio=0.5, criterion="principal_angles"),
+         budget=("n_filters", (2, 6, 12)), full={"prune_ratio": 0.0, "rank": None}, rounding=1e-6, sklearn=False,
+         optimal=False, shrinks=True),
 ]

@@ -11,6 +11,7 @@ PUBLIC = {
     "AutoencoderCompressor",
     "BaseCompressor",
     "BlockTermFactorizer",
+    "CPDFilterPruner",
     "Calibration",
     "CompressionResult",
     "CompressionSearchCV",

@@ -199,6 +199,14 @@ def calibration_images(folder, name, n, seed, views=1):
     return [_cifar(_cropped(X, rng)) for _ in range(views)]
 
 
+def held_back_images(folder, n, seed=0):
+    """(images, labels): the last `n` CIFAR-10 training images in the order whose first ones calibrate; no crops."""
+    with np.load(folder / "cifar10_train.npz") as file:
+        X, y = file["X"], file["y"]
+    picked = np.random.default_rng(seed).permutation(len(X))[-n:]
+    return _cifar(X[picked]), torch.from_numpy(y[picked]).long()
+
+
 def _cropped(X, rng):
     """Every image flipped or not, and shifted by up to four pixels."""
     n = len(X)

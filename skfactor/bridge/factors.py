@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from skfactor.codec.cp import CPDecoder
 from skfactor.codec.decoders import Decoder, IdentityDecoder
 from skfactor.codec.linear import LinearDecoder
 from skfactor.codec.matmul import matmul
@@ -182,6 +183,30 @@ def _depthwise_separable(decoder, codes, shape):
     return [Factor(filters, shape.groups * channels, shape.axes), _mix(codes, shape)]
 
 
+def _cp(decoder, codes, shape):
+    """1x1 from C to N R channels, a depthwise convolution for each spatial axis, the last of which adds the terms up.
+
+    The channel of filter n and term r is n R + r. A kernel of one term runs as two convolutions, 1 x 1 and h x w:
+    depthwise stages write N R channels each, and that is what they cost.
+    """
+    if decoder.kernel_shape != shape.kernel_shape or len(shape.kernel) == 0:
+        raise NoSmallerModule("a CP decomposition of rows without pixels is the weight itself")
+    pointwise, *spatial = decoder.factors(codes)
+    n, channels, rank = pointwise.shape
+    ones = (1,) * len(spatial)
+    chain = [Factor(pointwise.transpose(0, 2, 1).reshape(n * rank, channels, *ones), shape.groups)]
+    if rank == 1:
+        kernel = math.prod(F.reshape(n, 1, *(-1 if e == d else 1 for e in shape.axes)) for d, F in enumerate(spatial))
+        return [*chain, Factor(kernel, n, shape.axes)]
+    for d, F in enumerate(spatial):
+        kernel = F.transpose(0, 2, 1).reshape(n, rank, *(-1 if e == d else 1 for e in shape.axes))
+        if d < len(spatial) - 1:
+            chain.append(Factor(kernel.reshape(n * rank, 1, *kernel.shape[2:]), n * rank, (d,)))
+        else:
+            chain.append(Factor(kernel, n, (d,)))
+    return chain
+
+
 def _for_groups(weight: np.ndarray, groups: int, axes: tuple[int, ...] = ()) -> Factor:
     """The same filters for every group of channels."""
     return Factor(np.tile(weight, (groups, *(1,) * (weight.ndim - 1))), groups, axes)
@@ -200,6 +225,7 @@ def _times(array: np.ndarray, matrix: np.ndarray, axis: int) -> np.ndarray:
 
 
 register_module(LinearDecoder, lambda decoder, codes, shape: None)
+register_module(CPDecoder, _cp)
 register_module(TuckerDecoder, _tucker)
 register_module(SpatialSeparableDecoder, _spatially_separable)
 register_module(DepthwiseSeparableDecoder, _depthwise_separable)

@@ -8,6 +8,7 @@ import importlib
 
 from skfactor.estimators.base import BaseCompressor, compressed_tensor, decoder_chain, fit_chain, fit_params
 from skfactor.estimators.block_term import BlockTermFactorizer
+from skfactor.estimators.cpd_filter_pruner import CPDFilterPruner
 from skfactor.estimators.dictionary_factorizer import DictionaryFactorizer
 from skfactor.estimators.hierarchical_tucker import HierarchicalTuckerFactorizer
 from skfactor.estimators.kmeans_sharer import KMeansWeightSharer
@@ -26,6 +27,7 @@ __all__ = [
     "AutoencoderCompressor",
     "BaseCompressor",
     "BlockTermFactorizer",
+    "CPDFilterPruner",
     "DictionaryFactorizer",
     "HierarchicalTuckerFactorizer",
     "KMeansWeightSharer",

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Distances between the subspaces that factors span, for all pairs at once, and which of similar filters to drop.
+
+With orthonormal bases Q_i (m, R) the cosines of the principal angles between two subspaces are the singular values of
+``Q_iᵀ Q_j`` (Björck, Golub 1973, doi:10.1090/S0025-5718-1973-0348991-3). One product of all stacked bases has every
+pair; its squares summed block by block are Σ cos² θ, which is all that the chordal distance needs.
+"""
+
+import numpy as np
+
+__all__ = ["DISTANCES", "eliminate_similar", "orthonormal_bases", "published_selection", "subspace_angles",
+           "subspace_distances", "vbd_distances"]
+
+DISTANCES = ("chordal", "geodesic", "largest")
+
+_BLOCK_ELEMENTS = 1 << 22
+
+
+def orthonormal_bases(factors):
+    """Orthonormal bases of the columns of factors (n, m, R); directions that are lost in rounding become zero columns.
+
+    >>> import numpy as np
+    >>> orthonormal_bases(np.array([[[2.0], [0.0]]]))
+    array([[[1.],
+            [0.]]])
+    """
+    factors = np.asarray(factors, dtype=np.float64)
+    norms = np.sqrt(np.einsum("nmr,nmr->nr", factors, factors))[:, None, :]
+    u, s, _ = np.linalg.svd(factors / np.where(norms > 0, norms, 1.0), full_matrices=False)
+    kept = s > s[:, :1] * max(factors.shape[1:]) * np.finfo(np.float64).eps
+    u = u * kept[:, None, :]
+    lead = np.take_along_axis(u, np.abs(u).argmax(axis=1, keepdims=True), axis=1)
+    return u * np.where(lead < 0, -1.0, 1.0)
+
+
+def subspace_angles(bases):
+    """All principal angles of all pairs of subspaces, falling: (n, n, R) in radians.
+
+    Small angles come from their sines, ‖Q_j − Q_i Q_iᵀ Q_j‖, which the cosines do not resolve.
+
+    Parameters
+    ----------
+    bases : ndarray of shape (n, m, R)
+        From :func:`orthonormal_bases`.
+
+    Returns
+    -------
+    angles : ndarray of shape (n, n, R)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> bases = orthonormal_bases(np.array([[[1.0], [0.0]], [[1.0], [1.0]]]))
+    >>> np.rad2deg(subspace_angles(bases)[0, 1]).round(6)
+    array([45.])
+    """
+    n, _, rank = bases.shape
+    angles = np.zeros((n, n, rank))
+    for rows, C in _products(bases):
+        k, first = len(rows), rows[0]
+        C = C.reshape(k, rank, n - first, rank).transpose(0, 2, 1, 3)  # Q_iᵀ Q_j for j ≥ the first row
+        i, j = np.nonzero(np.arange(first, n) > rows[:, None])
+        C, i, j = C[i, j], rows[i], j + first
+        squares = np.linalg.eigvalsh(np.matmul(C.transpose(0, 2, 1), C))
+        found = np.arccos(np.sqrt(np.clip(squares, 0.0, 1.0)))
+        close = np.flatnonzero(squares[:, -1] > 0.5)
+        E = bases[j[close]] - np.matmul(bases[i[close]], C[close])
+        sines = np.sqrt(np.clip(np.linalg.eigvalsh(np.matmul(E.transpose(0, 2, 1), E)), 0.0, 1.0))
+        small = np.arcsin(sines)[:, ::-1]
+        found[close] = np.where(found[close] < np.pi / 4, small, found[close])
+        angles[i, j] = angles[j, i] = found
+    return angles
+
+
+def _products(bases):
+    """Rows, and their products (rows * R, (n - first row) * R) with all bases from the first of them on."""
+    n, m, rank = bases.shape
+    stacked = np.ascontiguousarray(bases.transpose(1, 0, 2).reshape(m, n * rank))
+    step = max(1, min(64, _BLOCK_ELEMENTS // (n * rank * (rank + m))))
+    for start in range(0, n, step):
+        rows = np.arange(start, min(start + step, n))
+        yield rows, stacked[:, start * rank : (rows[-1] + 1) * rank].T @ stacked[:, start * rank :]
+
+
+def subspace_distances(bases, kind="chordal"):
+    """Distances of all pairs of subspaces: (n, n), symmetric, zero on the diagonal.
+
+    Parameters
+    ----------
+    bases : ndarray of shape (n, m, R)
+        From :func:`orthonormal_bases`.
+    kind : {"chordal", "geodesic", "largest"}, default="chordal"
+        The root of Σ sin² θ, the root of Σ θ², or the largest angle θ, each divided by its maximum √R, √R π/2 or π/2.
+
+    Returns
+    -------
+    distances : ndarray of shape (n, n)
+        In [0, 1].
+    """
+    n, _, rank = bases.shape
+    if kind == "chordal":
+        shared = np.zeros((n, n))
+        for rows, block in _products(bases):
+            np.square(block, out=block)
+            block = np.add.reduceat(block, np.arange(0, block.shape[1], rank), axis=1)
+            shared[rows, rows[0] :] = block.reshape(len(rows), rank, -1).sum(axis=1)
+        # the dimensions of both, so that a lost direction counts as a right angle
+        dimension = np.diag(shared)
+        both = np.sqrt(np.outer(dimension, dimension))
+        distances = np.sqrt(np.maximum(1.0 - np.divide(shared, both, out=np.zeros_like(shared), where=both > 0), 0.0))
+    else:
+        angles = subspace_angles(bases)
+        largest = angles[..., 0] / (np.pi / 2)
+        distances = largest if kind == "largest" else np.sqrt((angles**2).mean(axis=-1)) / (np.pi / 2)
+    upper = np.triu(distances, 1)
+    return upper + upper.T
+
+
+def eliminate_similar(distances, n_removed):
+    """Drop one of the closest pair again and again: the one that is nearer to the rest.
+
+    Parameters
+    ----------
+    distances : ndarray of shape (n, n)
+        Symmetric.
+    n_removed : int
+        At most n − 1.
+
+    Returns
+    -------
+    removed : ndarray of shape (n_removed,)
+        Indices in the order in which they went.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.array([0.0, 1.0, 1.1, 5.0])
+    >>> eliminate_similar(np.abs(x[:, None] - x), 2)
+    array([1, 0])
+    """
+    D = np.array(distances, dtype=np.float64)
+    sums = D.sum(axis=1) - np.diag(D)
+    np.fill_diagonal(D, np.inf)
+    nearest = D.argmin(axis=1)
+    least = D[np.arange(len(D)), nearest]
+    removed = np.empty(n_removed, dtype=np.intp)
+    for step in range(n_removed):
+        i = int(least.argmin())
+        j = int(nearest[i])
+        out = j if sums[j] < sums[i] else i
+        removed[step] = out
+        gone = np.isfinite(D[out])
+        sums[gone] -= D[out, gone]
+        D[out], D[:, out] = np.inf, np.inf
+        sums[out], least[out] = np.inf, np.inf
+        for k in np.flatnonzero((nearest == out) & np.isfinite(least)):
+            nearest[k] = D[k].argmin()
+            least[k] = D[k, nearest[k]]
+    return removed
+
+
+def vbd_distances(factors):
+    """Variance-based distance of all pairs of flattened factors (n, m): var(x − y) / (var x + var y).
+
+    Zero for equal vectors, 2 for opposite ones: it is not invariant to the sign. (CORING, Pham et al. 2024.)
+    """
+    x = np.asarray(factors, dtype=np.float64).reshape(len(factors), -1)
+    x = x - x.mean(axis=1, keepdims=True)
+    cov = x @ x.T / x.shape[1]
+    var = np.diag(cov)
+    total = var[:, None] + var
+    return np.divide(total - 2 * cov, total, out=np.zeros_like(cov), where=total > 0)
+
+
+def published_selection(factors, n_kept):
+    """The filters that the published code of NORTON keeps, with its defects.
+
+    Angles are ``asin(min(1, ‖Q_j − Q_i Q_iᵀ Q_j‖)) mod π/2``, so that orthogonal subspaces have distance 0; those of
+    all axes are added; the order of elimination is used as if it were its inverse. Computed in float32 as there.
+
+    Parameters
+    ----------
+    factors : list of ndarray of shape (n, m, R)
+        One for each axis.
+    n_kept : int
+
+    Returns
+    -------
+    kept : ndarray of shape (n_kept,)
+        In rising order.
+    """
+    n = len(factors[0])
+    D = np.zeros((n, n), dtype=np.float32)
+    for F in factors:
+        Q = np.linalg.qr(np.asarray(F, dtype=np.float32))[0]
+        for i in range(n):
+            E = Q - np.matmul(Q[i], np.matmul(Q[i].T, Q))
+            chordal = np.minimum(np.sqrt(np.square(E).sum(axis=(1, 2))), np.float32(1))
+            D[i] += np.abs(np.arcsin(chordal)) % np.float32(np.pi / 2)
+    order = _published_order(D)
+    return np.sort(np.argsort(order, kind="stable")[n - n_kept :])
+
+
+def _published_order(D):
+    """Index of the filter that goes at each step; the last one stays."""
+    D = D.copy()
+    n = len(D)
+    np.fill_diagonal(D, np.inf)
+    order = np.zeros(n, dtype=np.intp)
+    alive = np.ones(n, dtype=bool)
+    for step in range(n - 1):
+        i, j = np.unravel_index(D.argmin(), D.shape)
+        rows = [np.where(np.isfinite(D[k]), D[k], 0).sum() for k in (i, j)]
+        out = i if rows[0] < rows[1] else j
+        order[step] = out
+        alive[out] = False
+        D[out], D[:, out] = np.inf, np.inf
+    order[-1] = int(np.flatnonzero(alive)[0])
+    return order
