@@ -26,6 +26,7 @@ _MODULE_OF = {
     "LowRankFactorizer": "skfactor.estimators",
     "MagnitudePruner": "skfactor.estimators",
     "MantissaRounder": "skfactor.estimators",
+    "PrunedNetwork": "skfactor.bridge",
     "Report": "skfactor.report",
     "SeparableFactorizer": "skfactor.estimators",
     "SkfactorError": "skfactor.exceptions",
@@ -37,9 +38,12 @@ _MODULE_OF = {
     "compress": "skfactor.bridge",
     "compress_file": "skfactor.bridge",
     "decompress_file": "skfactor.bridge",
+    "filter_groups": "skfactor.bridge",
     "load": "skfactor.bridge",
     "load_into": "skfactor.bridge",
+    "prune_filters": "skfactor.bridge",
     "register_layer": "skfactor.bridge",
+    "remove_filters": "skfactor.bridge",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

@@ -23,6 +23,7 @@ PUBLIC = {
     "LowRankFactorizer",
     "MagnitudePruner",
     "MantissaRounder",
+    "PrunedNetwork",
     "Report",
     "SeparableFactorizer",
     "SkfactorError",
@@ -35,9 +36,12 @@ PUBLIC = {
     "compress",
     "compress_file",
     "decompress_file",
+    "filter_groups",
     "load",
     "load_into",
+    "prune_filters",
     "register_layer",
+    "remove_filters",
 }
 
 

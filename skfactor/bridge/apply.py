@@ -21,6 +21,7 @@ from skfactor.bridge.files import file_source
 from skfactor.bridge.latency import example_batch
 from skfactor.bridge.layers import Network, entries_of_module, entries_of_state_dict, plain_name, unwrap
 from skfactor.bridge.modules import dense_copy
+from skfactor.bridge.removal import removal_of, replay_missing
 from skfactor.bridge.replace import (
     Replacement,
     check_replaceable,
@@ -36,7 +37,7 @@ from skfactor.codec.container import SkfFile
 from skfactor.codec.safetensors_io import SafetensorsReader
 from skfactor.codec.tensor import CompressedTensor, RawTensor
 from skfactor.exceptions import FormatError, LayerError
-from skfactor.report import FACTORIZED
+from skfactor.report import FACTORIZED, REMOVED
 
 __all__ = ["compress", "load", "load_into"]
 
@@ -179,6 +180,7 @@ def _compress_module(model, rules, calibration, run, n_jobs, progress) -> Compre
         replace_layers(copied, replacements)
         result.executions = [replacement.record for replacement in replacements]
     result.model = copied
+    result.removals = removal_of(copied)
     if run.measure:
         result.cost = measure_cost(dense_copy(copied), copied, batch)
     return result
@@ -269,7 +271,8 @@ def load_into(model: nn.Module, path: str | PathLike, strict: bool = True, *, mo
 
     Everything is read, built and checked before the first weight changes. Values are copied into the existing
     parameters, so ties, optimizers, devices and memory formats stay. Layers that the file says run factorised are
-    replaced by their chains, with the parameters, to the bit, of the network that was saved.
+    replaced by their chains, with the parameters, to the bit, of the network that was saved. Filters that the file says
+    were removed are removed; the parameters of these layers are then new ones, so make the optimizer afterwards.
 
     Parameters
     ----------
@@ -291,16 +294,31 @@ def load_into(model: nn.Module, path: str | PathLike, strict: bool = True, *, mo
     ValueError
         Names, shapes or dtypes differ; the network is unchanged.
     LayerError
-        A layer that the file has factorised cannot be replaced here; the network is unchanged.
+        A layer that the file has factorised cannot be replaced here, or filters cannot be removed as the file says; the
+        network is unchanged.
     FormatError
         The file is damaged; the network is unchanged.
     """
     if mode is not None:
         _check_choice("mode", mode, ("dense",))
-    targets = _targets(model)
+    _targets(model)
     with SkfFile(path) as file:
         factorized = {} if mode == "dense" else _factorized_tensors(file)
+        removals = file.metadata.get(REMOVED)
         state = _state_dict(file)
+    undo = replay_missing(model, removals or [])
+    try:
+        _write_state(model, state, factorized, strict)
+    except BaseException:
+        undo()
+        raise
+    return model
+
+
+def _write_state(model: nn.Module, state: dict[str, torch.Tensor], factorized: Mapping[str, CompressedTensor],
+                 strict: bool) -> None:
+    """Check everything, then replace layers and copy the values."""
+    targets = _targets(model)
     if strict:
         _check_names(targets, state)
     common = [name for name in targets if name in state]
@@ -317,7 +335,6 @@ def load_into(model: nn.Module, path: str | PathLike, strict: bool = True, *, mo
         for name in common:
             if id(targets[name]) not in replaced:
                 targets[name].copy_(state[name])
-    return model
 
 
 def _factorized_tensors(file: SkfFile) -> dict[str, CompressedTensor]:

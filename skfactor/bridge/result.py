@@ -14,7 +14,7 @@ from skfactor.bridge.fitting import Fitted, Job, TensorRecord, fit_jobs, raw_rec
 from skfactor.bridge.rules import Plan, TensorEntry
 from skfactor.codec.container import SkfWriter
 from skfactor.codec.tensor import CompressedTensor, RawTensor
-from skfactor.report import FACTORIZED, LayerExecution, NetworkCost, Report
+from skfactor.report import FACTORIZED, REMOVED, LayerExecution, NetworkCost, Report
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +70,8 @@ class CompressionResult:
         How every compressed tensor's layer runs and why; empty with `mode="dense"`.
     cost : NetworkCost or None
         What one forward pass costs, before and after; None until it is measured.
+    removals : list of dict
+        What `skfactor.remove_filters` and `skfactor.prune_filters` had removed from the network; it goes into the file.
     """
 
     tensors: dict[str, CompressedTensor | RawTensor]
@@ -81,6 +83,7 @@ class CompressionResult:
     uncalibrated: dict[str, str] = field(default_factory=dict)
     executions: list[LayerExecution] = field(default_factory=list)
     cost: NetworkCost | None = None
+    removals: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def ties(self) -> dict[str, str]:
@@ -138,10 +141,13 @@ class CompressionResult:
         Notes
         -----
         A file holds codes and decoders once, for dense and for factorised layers; which layers run factorised is a
-        list of names in its metadata.
+        list of names in its metadata. Removed filters are there too, as edits of a fresh network.
         """
-        if metadata is not None and FACTORIZED in metadata:
-            raise ValueError(f"metadata must not have the key {FACTORIZED!r}, which skfactor uses")
+        for key in (FACTORIZED, REMOVED):
+            if metadata is not None and key in metadata:
+                raise ValueError(f"metadata must not have the key {key!r}, which skfactor uses")
+        if self.removals:
+            metadata = (metadata or {}) | {REMOVED: self.removals}
         if names := [e.tensor for e in self.executions if e.execution == "factorized"]:
             metadata = (metadata or {}) | {FACTORIZED: names}
         with SkfWriter(path, metadata=metadata) as writer:

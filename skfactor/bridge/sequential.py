@@ -14,7 +14,7 @@ arXiv:2210.17323, with the shift of Nagel et al. 2019, arXiv:1906.04721.)
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -32,13 +32,14 @@ from skfactor.bridge.tensors import from_bits, to_bits
 from skfactor.codec.dtypes import from_float, to_float
 from skfactor.codec.tensor import Layout
 
-__all__ = ["bias_carrier", "covariance", "fit_in_order"]
+__all__ = ["JointMoments", "Runs", "add_shift", "apply_to_means", "best_target", "bias_carrier", "calls_of_layers",
+           "covariance", "fit_in_order", "joint_moments"]
 
 _Owners = list[tuple[nn.Module, LayerSpec]]
 
 
 @dataclass(frozen=True)
-class _JointMoments:
+class JointMoments:
     """Of the inputs u of the original layer and û of the compressed network's, by group: (g, d) and (g, d, d)."""
 
     mean: np.ndarray
@@ -77,7 +78,7 @@ def fit_in_order(model: nn.Module, network: Network, plan: Plan, batches: list[t
     reference = copy.deepcopy(model)
     twins = entries_of_module(reference).owners
     owners = {name: network.owners[name] for name in plan.taken if network.owners[name]}
-    n_calls = _calls_of_layers(model, owners, batches[0])
+    n_calls = calls_of_layers(model, owners, batches[0])
     order = list(n_calls)
     norms = normalisation_after(model, [m for layers in owners.values() for m, _ in layers], *batches[0])
     entries = {e.name: e for e in network.entries if e.name in plan.taken}
@@ -90,15 +91,15 @@ def fit_in_order(model: nn.Module, network: Network, plan: Plan, batches: list[t
         W = layout.to_matrix(to_float(to_bits(weight), entry.dtype))
         joint = None
         if name in n_calls:
-            runs = _Runs(model, owners[name], n_calls[name]), _Runs(reference, twins[name], n_calls[name])
-            joint = _joint_moments(*runs, batches, max_vectors)
+            runs = Runs(model, owners[name], n_calls[name]), Runs(reference, twins[name], n_calls[name])
+            joint = joint_moments(*runs, batches, max_vectors)
         if joint is None:
             side, target = moments.side(name), W
             if not side and weight.dim() > 1:
                 moments.missing.setdefault(name, "not reached by the calibration inputs")
         else:
             carrier = bias_carrier(owners[name], norms)
-            target, gram = _best_target(W.astype(np.float64), joint, carrier is not None, damping)
+            target, gram = best_target(W.astype(np.float64), joint, carrier is not None, damping)
             side = {"input_gram": gram[0] if len(gram) == 1 else gram}
         bits = from_float(layout.to_tensor(target, entry.shape), entry.dtype)
         (done,) = fit_jobs([Job(entry, plan.taken[name], lambda bits=bits: bits, side)], progress=False)
@@ -108,11 +109,11 @@ def fit_in_order(model: nn.Module, network: Network, plan: Plan, batches: list[t
         with torch.no_grad():
             weight.copy_(from_bits(done.tensor.to_array(), entry.dtype))
             if joint is not None and carrier is not None:
-                _add(carrier, _apply(W, joint.mean) - _apply(W_hat, joint.mean_hat))
+                add_shift(carrier, apply_to_means(W, joint.mean) - apply_to_means(W_hat, joint.mean_hat))
     return fitted
 
 
-def _calls_of_layers(model: nn.Module, owners: dict[str, _Owners], batch: tuple[tuple, dict]) -> dict[str, int]:
+def calls_of_layers(model: nn.Module, owners: dict[str, _Owners], batch: tuple[tuple, dict]) -> dict[str, int]:
     """How often the layers of a weight run; for names with input vectors, in the order in which they first run."""
     calls: dict[nn.Module, int] = {}
     modules = {m for layers in owners.values() for m, _ in layers}
@@ -133,7 +134,7 @@ class _Enough(Exception):
 
 
 @dataclass(frozen=True)
-class _Runs:
+class Runs:
     """The layers of one weight in a network, and how often they run in a forward pass."""
 
     model: nn.Module
@@ -159,19 +160,33 @@ class _Runs:
         return calls
 
 
-def _joint_moments(compressed: _Runs, original: _Runs, batches: Iterable[tuple[tuple, dict]],
-                   max_vectors: int | None) -> _JointMoments:
+def joint_moments(compressed: Runs, original: Runs, batches: Iterable[tuple[tuple, dict]],
+                   max_vectors: int | None) -> JointMoments:
     sums: list[torch.Tensor] = []
     count = 0
     for batch in batches:
         for call, call_hat in zip(original.calls(batch), compressed.calls(batch), strict=True):
-            for u, v in zip(original.vectors(*call), compressed.vectors(*call_hat), strict=True):
+            for u, v in _aligned(original.vectors(*call), compressed.vectors(*call_hat)):
                 u, v = thinned((u, v), max_vectors, seed=count)
                 u, v = (x if x.dtype == torch.float64 else x.float() for x in (u, v))
                 new = [u.sum(1), v.sum(1), v.transpose(1, 2) @ v, u.transpose(1, 2) @ v]
                 sums = [s + x.double() for s, x in zip(sums, new, strict=True)] if sums else [x.double() for x in new]
                 count += u.shape[1]
-    return _JointMoments(*((s / count).cpu().numpy() for s in sums))
+    return JointMoments(*((s / count).cpu().numpy() for s in sums))
+
+
+def _aligned(first: Iterator[torch.Tensor], second: Iterator[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same vectors of two layers in pieces (g, n, d) of one n; wide inputs come in shorter pieces."""
+    u = v = None
+    while True:
+        u, v = (next(source, None) if x is None else x for x, source in ((u, first), (v, second)))
+        if u is None or v is None:
+            if u is not v:
+                raise ValueError("two layers with different numbers of input vectors")
+            return
+        n = min(u.shape[1], v.shape[1])
+        yield u[:, :n], v[:, :n]
+        u, v = (x[:, n:] if x.shape[1] > n else None for x in (u, v))
 
 
 def _run(model: nn.Module, batch: tuple[tuple, dict]) -> None:
@@ -180,18 +195,24 @@ def _run(model: nn.Module, batch: tuple[tuple, dict]) -> None:
         model(*args, **kwargs)
 
 
-def _best_target(W: np.ndarray, joint: _JointMoments, centred: bool, damping: float) -> tuple[np.ndarray, np.ndarray]:
-    """W' and G of the module's docstring, block of rows by block of rows; not centred where no bias takes the shift."""
+def best_target(W: np.ndarray, joint: JointMoments, centred: bool, damping: float,
+                start: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """W' and G of the module's docstring, block of rows by block of rows; not centred where no bias takes the shift.
+
+    Where û has other elements than u, W' is for û, and the damping draws it to `start` instead of W.
+    """
     G, C = joint.gram_hat, joint.cross.copy()
     if centred:
         G = covariance(G, joint.mean_hat)
         C -= joint.mean[:, :, None] * joint.mean_hat[:, None, :]
-        C[~G.any(axis=-1)] = 0.0
+        C[np.broadcast_to(~G.any(axis=-1)[:, None, :], C.shape) if start is not None else ~G.any(axis=-1)] = 0.0
     blocks = []
-    for w, g, c in zip(np.split(W, len(G)), G, C, strict=True):
+    starts = np.split(W if start is None else start, len(G))
+    for w, w0, g, c in zip(np.split(W, len(G)), starts, G, C, strict=True):
         ridge = damping * np.trace(g) / len(g)
-        change = np.linalg.solve(g + ridge * np.eye(len(g)), (c - g).T @ w.T).T if ridge > 0 else 0.0
-        blocks.append(w + change)
+        right = (c - g).T @ w.T if start is None else c.T @ w.T - g @ w0.T
+        change = np.linalg.solve(g + ridge * np.eye(len(g)), right).T if ridge > 0 else 0.0
+        blocks.append(w0 + change)
     return np.concatenate(blocks), G
 
 
@@ -203,7 +224,7 @@ def covariance(gram: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return cov
 
 
-def _apply(W: np.ndarray, means: np.ndarray) -> np.ndarray:
+def apply_to_means(W: np.ndarray, means: np.ndarray) -> np.ndarray:
     """W E[u] for (g, d) means of the inputs of g blocks of rows."""
     return np.concatenate([w @ m for w, m in zip(np.split(W.astype(np.float64), len(means)), means, strict=True)])
 
@@ -223,6 +244,6 @@ def bias_carrier(owners: _Owners, norms: dict[nn.Module, nn.Module]) -> _Carrier
     return (bias, 1.0) if isinstance(bias, nn.Parameter) else None
 
 
-def _add(carrier: _Carrier, shift: np.ndarray) -> None:
+def add_shift(carrier: _Carrier, shift: np.ndarray) -> None:
     bias, scale = carrier
     bias.copy_(bias.double() + scale * torch.from_numpy(shift).to(bias.device))

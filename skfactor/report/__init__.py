@@ -6,10 +6,10 @@ Every size is a number of bytes that a file really has, or would have: the bytes
 # SPDX-License-Identifier: BSD-3-Clause
 
 from skfactor.report.comparison import Comparison, TensorComparison, compare
-from skfactor.report.execution import FACTORIZED, LayerExecution, NetworkCost
+from skfactor.report.execution import FACTORIZED, REMOVED, LayerExecution, NetworkCost
 from skfactor.report.files import is_skf, naming_file
 from skfactor.report.rows import TensorReport
 from skfactor.report.summary import Report
 
-__all__ = ["FACTORIZED", "Comparison", "LayerExecution", "NetworkCost", "Report", "TensorComparison", "TensorReport",
+__all__ = ["FACTORIZED", "REMOVED", "Comparison", "LayerExecution", "NetworkCost", "Report", "TensorComparison", "TensorReport",
            "compare", "is_skf", "naming_file"]

@@ -8,10 +8,12 @@ from typing import Any
 
 from skfactor.report.tables import ratio_text, text_table
 
-__all__ = ["FACTORIZED", "LayerExecution", "NetworkCost", "execution_cells", "execution_footnotes"]
+__all__ = ["FACTORIZED", "REMOVED", "LayerExecution", "NetworkCost", "execution_cells", "execution_footnotes"]
 
 #: Key of a file's metadata: names of the tensors whose layers run factorised.
 FACTORIZED = "skfactor.factorized"
+#: Key under which a file's metadata has the removals of filters, to replay on a fresh network.
+REMOVED = "skfactor.removed"
 
 
 @dataclass(frozen=True)
