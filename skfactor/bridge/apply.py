@@ -171,8 +171,7 @@ def _compress_module(model, rules, calibration, run, n_jobs, progress) -> Compre
             calibration = Calibration(calibration)
         result, missing = _compress_calibrated(copied, network, plan, calibration, n_jobs, progress)
         result.uncalibrated = missing
-    compressed = {n: t for n, t in result.tensors.items() if isinstance(t, CompressedTensor)}
-    _write(network.tensors, compressed)
+    compressed = write_tensors(network, result.tensors)
     if run.factorized:
         replacements = plan_replacements(copied, network, compressed)
         if run.auto:
@@ -227,11 +226,19 @@ def deep_copy(model: nn.Module) -> nn.Module:
         raise ValueError(f"the network cannot be copied: {error}; compress its state_dict() instead") from error
 
 
-def _write(targets: Mapping[str, torch.Tensor], tensors: Mapping[str, CompressedTensor | RawTensor]) -> None:
-    """Copy values into live tensors, in place: ties, optimizers, devices and memory formats stay."""
+def write_tensors(network: Network, tensors: Mapping[str, CompressedTensor | RawTensor]) -> dict[str, CompressedTensor]:
+    """Copy compressed values into live tensors, in place: ties, optimizers, devices and memory formats stay.
+
+    Returns
+    -------
+    compressed : dict of str to CompressedTensor
+        What was written.
+    """
+    compressed = {n: t for n, t in tensors.items() if isinstance(t, CompressedTensor)}
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            targets[name].copy_(from_bits(tensor.to_array(), tensor.dtype))
+        for name, tensor in compressed.items():
+            network.tensors[name].copy_(from_bits(tensor.to_array(), tensor.dtype))
+    return compressed
 
 
 def load(path: str | PathLike) -> dict[str, torch.Tensor]:
