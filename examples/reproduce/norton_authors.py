@@ -144,7 +144,7 @@ def selected(factors, n_keep):
     N = len(D)
     order = np.full(N, N - 1)
     for step in range(N - 1):
-        row, col = np.flatnonzero((D == D.min()).any(axis=1))[:2]
+        row, col = np.flatnonzero((D.min() == D).any(axis=1))[:2]
         sums = [D[i][np.isfinite(D[i])].sum() for i in (row, col)]
         order[step] = row if sums[0] < sums[1] else col
         D[order[step]] = D[:, order[step]] = np.inf
