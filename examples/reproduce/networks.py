@@ -155,8 +155,8 @@ class LeNet300(nn.Module):
         return self.ip3(F.relu(self.ip2(F.relu(self.ip1(x.flatten(1))))))
 
 
-_MAKE = {"cifar10_resnet20": lambda: ResNet(3), "cifar10_resnet56": lambda: ResNet(9), "cifar10_vgg16": VGG,
-         "cifar10_densenet40": DenseNet,
+_MAKE = {"cifar10_resnet8": lambda: ResNet(1), "cifar10_resnet20": lambda: ResNet(3),
+         "cifar10_resnet56": lambda: ResNet(9), "cifar10_vgg16": VGG, "cifar10_densenet40": DenseNet,
          "mnist_lenet300100_original": LeNet300, "mnist_lenet5_original": LeNet5}
 
 

@@ -186,7 +186,7 @@ def smaller(network, removed):
         growths = kept([12] * 36, r[1:13] + r[14:26] + r[27:39])
         first = int((24 + sum(growths[:12])) * (1 - r[13]))
         return DenseNet(growths, (first, int((first + sum(growths[12:24])) * (1 - r[26]))))
-    n = {"cifar10_resnet20": 3, "cifar10_resnet56": 9}[network]
+    n = {"cifar10_resnet8": 1, "cifar10_resnet20": 3, "cifar10_resnet56": 9}[network]
     r = (list(removed) + [0.0] * (3 + 3 * n))[: 3 + 3 * n]
     mids = kept([c for c in (16, 32, 64) for _ in range(n)], r[3:])
     return ResNet(n, kept((16, 16, 32, 64), [*r[:3], 0.0]), mids)
@@ -232,7 +232,7 @@ def pruned(model, network, rank, removed):
         old = model.get_submodule(path)
         if "trans" in path:
             weight = old.weight.detach()[:, torch.as_tensor(last)]
-            keep = np.sort(np.argsort(weight.norm(dim=(1, 2, 3)).numpy())[-block.out_channels:])
+            keep = np.sort(np.argsort(weight.flatten(1).norm(dim=1).numpy())[-block.out_channels:])
             with torch.no_grad():
                 block.weight.copy_(weight[torch.as_tensor(keep)])
             inputs = last = keep
