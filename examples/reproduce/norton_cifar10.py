@@ -95,7 +95,8 @@ class Scale:
 
 
 #: Rates were set beforehand: the published one for the published recipe, less where nothing has time to decay.
-SCALES = {"tiny": Scale(8, 0.01, chunks=1, batches=2),
+SCALES = {"none": Scale(128, 0.0),                                          # compressed only
+          "tiny": Scale(8, 0.01, chunks=1, batches=2),
           "minutes": Scale(128, 0.02, chunks=2, batches=20, warmup=0.2),    # 5,120 images
           "cpu": Scale(128, 0.02, chunks=8, batches=168, warmup=0.5),       # 8 times the lossless images
           "gpu": Scale(256, 0.05, epochs=400, warmup=5)}
@@ -280,7 +281,7 @@ def tuned(model, train, scale, seed, checkpoint):
     X, y = train
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = scale.batches or len(X) // scale.batch_size
-    if scale.lr * (scale.chunks or scale.epochs) == 0:
+    if not (scale.chunks or scale.epochs):
         return model, []
     result = skfactor.finetune(
         composed(model, place.type == "cpu"), Draws(X.to(place), y.to(place), scale.batch_size, batches),
@@ -342,7 +343,7 @@ def measure(name, method, seed, folder, scale, args):
     start = time.process_time()
     small, history = tuned(small, train, scale, seed, args.scratch / f"{name}-{method}-{seed}-{args.scale}.ckpt")
     training = time.process_time() - start
-    final = accuracy(composed(small, True), *test)
+    final = accuracy(composed(small, True), *test) if history else untrained
     composed(small, False)
     return {"row": name, "network": row.network, "method": method, "seed": seed, "scale": args.scale,
             "top1_before": round(_accuracy_before(model, row.network, test), 2), "top1_untrained": round(untrained, 2),
@@ -430,6 +431,8 @@ def main(argv=None):
         args.docs.write_text(f"{head}{BEGIN}\n{shown}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
         return
     folder = data_folder(args.data)
+    if not args.baseline:
+        _KNOWN.update({r["network"]: r["top1_before"] for r in _read(args.json)["rows"]})
     for seed in args.seeds:
         for name in args.rows:
             for method in args.method:
