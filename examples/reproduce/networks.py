@@ -25,35 +25,110 @@ def data_folder(given=None):
 class Block(nn.Module):
     """Residual block with the shortcut without parameters (option A)."""
 
-    def __init__(self, c_in, c_out, stride):
+    def __init__(self, c_in, c_mid, c_out, stride):
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.conv1 = nn.Conv2d(c_in, c_mid, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_mid)
+        self.conv2 = nn.Conv2d(c_mid, c_out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
-        self.stride, self.pad = stride, (c_out - c_in) // 2
+        before = (c_out - c_in) // 2
+        self.stride, self.pad = stride, (before, c_out - c_in - before)
 
     def forward(self, x):
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
+        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *self.pad))
         return F.relu(y + shortcut)
 
 
 class ResNet(nn.Module):
-    """ResNet of He et al. (arXiv:1512.03385) for CIFAR with n blocks per stage: 20 layers for n = 3, 56 for n = 9."""
+    """ResNet of He et al. (arXiv:1512.03385) for CIFAR with n blocks per stage: 20 layers for n = 3, 56 for n = 9.
 
-    def __init__(self, n):
+    `widths` are the channels of the first convolution and of the stages, `mids` those inside each block.
+    """
+
+    def __init__(self, n, widths=(16, 16, 32, 64), mids=None):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        for i, (c_in, c_out) in enumerate(((16, 16), (16, 32), (32, 64)), 1):
-            first = Block(c_in, c_out, 1 if i == 1 else 2)
-            setattr(self, f"layer{i}", nn.Sequential(first, *(Block(c_out, c_out, 1) for _ in range(n - 1))))
-        self.linear = nn.Linear(64, 10)
+        mids = iter(mids or [c for c in widths[1:] for _ in range(n)])
+        self.conv1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        for i, (c_in, c_out) in enumerate(zip(widths, widths[1:]), 1):
+            first = Block(c_in, next(mids), c_out, 1 if i == 1 else 2)
+            rest = (Block(c_out, next(mids), c_out, 1) for _ in range(n - 1))
+            setattr(self, f"layer{i}", nn.Sequential(first, *rest))
+        self.linear = nn.Linear(widths[-1], 10)
 
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)))
         return self.linear(self.layer3(self.layer2(self.layer1(x))).mean(dim=(2, 3)))
+
+
+class VGG(nn.Module):
+    """VGG-16 with batch normalisation for CIFAR as NORTON has it: 13 convolutions, one hidden layer of 512."""
+
+    POOLED = (2, 4, 7, 10)
+
+    def __init__(self, widths=(64, 64, 128, 128, 256, 256, 256, *[512] * 6)):
+        super().__init__()
+        layers, c_in = [], 3
+        for i, c_out in enumerate(widths):
+            layers += [nn.MaxPool2d(2)] if i in self.POOLED else []
+            layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+            c_in = c_out
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(nn.Linear(c_in, 512), nn.BatchNorm1d(512), nn.ReLU(inplace=True),
+                                        nn.Linear(512, 10))
+
+    def forward(self, x):
+        return self.classifier(F.avg_pool2d(self.features(x), 2).flatten(1))
+
+
+class DenseLayer(nn.Module):
+    """Normalisation, convolution, and its output put behind the input."""
+
+    def __init__(self, c_in, growth):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, growth, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        return torch.cat((x, self.conv1(F.relu(self.bn1(x)))), 1)
+
+
+class Transition(nn.Module):
+    """Normalisation, 1 x 1 convolution and pooling between two dense blocks."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 1, bias=False)
+
+    def forward(self, x):
+        return F.avg_pool2d(self.conv1(F.relu(self.bn1(x))), 2)
+
+
+class DenseNet(nn.Module):
+    """DenseNet-40 (arXiv:1608.06993) for CIFAR: growth 12, no bottleneck, transitions that keep the channels.
+
+    `growths` are the channels that each of the 36 layers adds, `transitions` the channels behind the two transitions.
+    """
+
+    def __init__(self, growths=(12,) * 36, transitions=None):
+        super().__init__()
+        n, c = len(growths) // 3, 24
+        self.conv1 = nn.Conv2d(3, c, 3, padding=1, bias=False)
+        for i in range(3):
+            layers = []
+            for growth in growths[n * i : n * (i + 1)]:
+                layers.append(DenseLayer(c, growth))
+                c += growth
+            setattr(self, f"dense{i + 1}", nn.Sequential(*layers))
+            if i < 2:
+                c_out = transitions[i] if transitions else c
+                setattr(self, f"trans{i + 1}", Transition(c, c_out))
+                c = c_out
+        self.bn, self.fc = nn.BatchNorm2d(c), nn.Linear(c, 10)
+
+    def forward(self, x):
+        x = self.trans2(self.dense2(self.trans1(self.dense1(self.conv1(x)))))
+        return self.fc(F.relu(self.bn(self.dense3(x))).mean(dim=(2, 3)))
 
 
 class LeNet5(nn.Module):
@@ -80,7 +155,8 @@ class LeNet300(nn.Module):
         return self.ip3(F.relu(self.ip2(F.relu(self.ip1(x.flatten(1))))))
 
 
-_MAKE = {"cifar10_resnet20": lambda: ResNet(3), "cifar10_resnet56": lambda: ResNet(9),
+_MAKE = {"cifar10_resnet8": lambda: ResNet(1), "cifar10_resnet20": lambda: ResNet(3),
+         "cifar10_resnet56": lambda: ResNet(9), "cifar10_vgg16": VGG, "cifar10_densenet40": DenseNet,
          "mnist_lenet300100_original": LeNet300, "mnist_lenet5_original": LeNet5}
 
 
