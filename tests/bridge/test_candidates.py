@@ -10,10 +10,18 @@ import torch
 from _data import data_dir, needs_data
 from _nets import ResNet
 from safetensors.torch import load_file, save_file
+from sklearn.base import clone
 from torch import nn
 
 import skfactor
-from skfactor import Calibration, KMeansWeightSharer, UniformQuantizer
+from skfactor import (
+    Calibration,
+    DictionaryFactorizer,
+    KMeansWeightSharer,
+    LowRankFactorizer,
+    TuckerFactorizer,
+    UniformQuantizer,
+)
 
 SHARING = (KMeansWeightSharer(), {"n_clusters": [2, 4, 8, 16, 32]})
 
@@ -55,6 +63,23 @@ def test_beats_every_uniform_setting_of_the_same_size(net, even, tmp_path):
         assert found.n_bytes == size(found.result, tmp_path) <= budget
         error = setting.report.total["relative_error"]
         assert found.result.report.total["relative_error"] <= share * error * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("estimator", "name", "values"), [
+    (LowRankFactorizer(), "rank", [0.2, 0.4, 0.6]),
+    (TuckerFactorizer(), "rank", [0.2, 0.4, 0.6]),
+    (DictionaryFactorizer(8, random_state=0), "alpha", [0.3, 0.6, 1.2]),
+], ids=["low rank", "Tucker", "dictionary"])
+def test_beats_every_rank_and_price_of_the_same_size(net, estimator, name, values):
+    better = 0
+    for value in values:
+        setting = skfactor.compress(net, clone(estimator).set_params(**{name: value}), progress=False).report.total
+        found = skfactor.allocate(net, (estimator, {name: values}), budget=setting["bytes_after"], progress=False)
+        error = found.result.report.total["relative_error"]
+        assert found.n_bytes <= setting["bytes_after"]
+        assert error <= setting["relative_error"] * (1 + 1e-9)
+        better += error < 0.99 * setting["relative_error"]
+    assert better
 
 
 def test_choice_is_the_best_of_all_choices(net):
