@@ -69,6 +69,8 @@ def _search(make):
 
     def run(X, n_components, coder, alphas, n_clusters):
         grid = {"dict__alpha": list(alphas), "share__n_clusters": list(n_clusters)}
+        # each of the two jobs gets one thread, as joblib has it where no variable says otherwise
+        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         start = sum(os.times()[:4])
         search = make(_pipeline(n_components, coder), grid).fit(X)
         get_reusable_executor().shutdown(wait=True)  # ended processes are counted
