@@ -83,8 +83,8 @@ def prune_filters(model: nn.Module, amount: float | Mapping[str, float], *, crit
         outputs once their weights are refit, found one by one; needs calibration. "norm": filters of least L2 norm.
         "batchnorm": norms times γ/σ of the normalisation behind them. "random". "principal_angles", "norton-2024",
         "vbd": those of `skfactor.CPDFilterPruner`, for convolutions that are in no group with others. A callable
-        `criterion(weight, layer)` gives a score for every filter. "least_squares" with calibration and "norm" without
-        when None: what kept most accuracy on held-back training images (docs, "Pruning filters").
+        `criterion(weight, layer)` gives a score for every filter. "norm" when None: with a refit it kept most accuracy
+        on held-back training images (docs, "Pruning filters").
     calibration : tensor, tuple, dict, list, loader or Calibration, default=None
         Unlabelled inputs, as in `skfactor.compress`; of a `Calibration` only `inputs` and `max_vectors` are used.
     example_inputs : tensor, tuple, dict or loader, default=None
@@ -159,7 +159,7 @@ def _few(args: tuple[torch.Tensor, ...], n: int = 8) -> tuple[torch.Tensor, ...]
 
 def _checked_criterion(criterion, calibration) -> str | Criterion:
     if criterion is None:
-        return "norm" if calibration is None else "least_squares"
+        return "norm"
     if not callable(criterion) and criterion not in CRITERIA:
         raise ValueError(f"criterion must be a callable or one of {', '.join(CRITERIA)}, got {criterion!r}"
                          f"{did_you_mean(criterion, CRITERIA)}")
