@@ -11,5 +11,5 @@ from skfactor.report.files import is_skf, naming_file
 from skfactor.report.rows import TensorReport
 from skfactor.report.summary import Report
 
-__all__ = ["FACTORIZED", "REMOVED", "Comparison", "LayerExecution", "NetworkCost", "Report", "TensorComparison", "TensorReport",
-           "compare", "is_skf", "naming_file"]
+__all__ = ["FACTORIZED", "REMOVED", "Comparison", "LayerExecution", "NetworkCost", "Report", "TensorComparison",
+           "TensorReport", "compare", "is_skf", "naming_file"]

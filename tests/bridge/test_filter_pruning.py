@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-import skfactor
 from _data import needs_data, real_weights
 from _nets import Conv1D, ResNet
 from _zoo import ZOO, build, trained_alike
+from torch import nn
+
+import skfactor
 from skfactor.bridge import prune_filters
 from skfactor.solvers.pruning import Readers, eliminate_units
 
@@ -177,7 +177,7 @@ def test_amounts():
     for wrong in (1.0, -0.1, 1.5, True, "0.5"):
         with pytest.raises(ValueError, match="amount must be a share from 0 to 1 or a number"):
             sizes(wrong)
-    with pytest.raises(ValueError, match="matches 'layer9.*'"):
+    with pytest.raises(ValueError, match=r"matches 'layer9\.\*'"):
         sizes({"layer9.*": 0.5})
     with pytest.raises(ValueError, match="removes no filter"):
         sizes(0)
@@ -215,7 +215,7 @@ def test_criteria_of_factors(criterion):
 
     model, x = build("ResNet-8")
     if not hasattr(estimators, "CPDFilterPruner"):
-        with pytest.raises(ValueError, match="needs skfactor.CPDFilterPruner"):
+        with pytest.raises(ValueError, match=r"needs skfactor\.CPDFilterPruner"):
             prune_filters(model, {"layer1.0.conv1": 0.4}, criterion=criterion, example_inputs=x)
         return
     pruned = prune_filters(model, {"layer1.0.conv1": 0.4}, criterion=criterion, rank=2, example_inputs=x)
