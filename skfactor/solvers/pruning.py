@@ -17,7 +17,8 @@ import numpy as np
 
 from skfactor.solvers.whitening import DAMPING, damped_grams, row_groups, whiten
 
-__all__ = ["Readers", "eliminate_units", "keep_largest", "keep_pattern", "prune_by_steps", "refit_kept", "surgeon_scale"]
+__all__ = ["Readers", "eliminate_units", "keep_largest", "keep_pattern", "prune_by_steps", "refit_kept",
+           "surgeon_scale"]
 
 _BLOCK_ELEMENTS = 1 << 20
 
