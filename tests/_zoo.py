@@ -3,9 +3,8 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from _nets import LeNet5, ResNet
+from torch import nn
 
 
 class VGG(nn.Module):

@@ -290,7 +290,7 @@ def _convolution(t: _Tracer, node: fx.Node) -> Channels | None:
     if weight is None or (bias is not None and t.tensor(bias) is None) or operation(node) == "convolution":
         return t.unknown(node, "the weight of a convolution is computed")
     groups = _argument(node, 6, "groups", 1)
-    n_out, n_in = shape_of(node.args[1])[:2]
+    n_out = shape_of(node.args[1])[0]
     axis = len(shape_of(x)) - len(shape_of(node.args[1])) + 1
     atoms = t.atoms_at(x, axis, f"a convolution reads them along another axis{_whereabouts(node)}")
     outputs = t.produced(weight, 0, n_out)

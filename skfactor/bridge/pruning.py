@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,15 @@ from tqdm.auto import tqdm
 
 from skfactor._validation import did_you_mean
 from skfactor.bridge.batchnorm import normalisation_after
-from skfactor.bridge.calibrate import Calibration, Moments, collect_moments, kind_of_inputs, model_batches
+from skfactor.bridge.calibrate import (
+    Calibration,
+    Moments,
+    collect_moments,
+    evaluation,
+    hooked,
+    kind_of_inputs,
+    model_batches,
+)
 from skfactor.bridge.layers import Network, entries_of_module
 from skfactor.bridge.sequential import (
     JointMoments,
@@ -33,6 +42,7 @@ from skfactor.bridge.sequential import (
     calls_of_layers,
     covariance,
     joint_moments,
+    moments_of_calls,
 )
 from skfactor.bridge.surgery import Anatomy, FilterGroup, PrunedNetwork, dissect, groups_of, remove_sets
 from skfactor.bridge.tensors import from_bits, to_bits
@@ -46,6 +56,8 @@ __all__ = ["CRITERIA", "prune_filters"]
 
 #: Names that `criterion` may be.
 CRITERIA = ("least_squares", "norm", "batchnorm", "random", "principal_angles", "norton-2024", "vbd")
+#: Bytes of layer inputs that a sequential refit keeps; with more it runs the network again for every layer.
+MEMORY = 1 << 31
 _OF_FACTORS = ("principal_angles", "norton-2024", "vbd")
 
 #: Scores of the filters of one layer: (weight (c_out, *), layer name) -> (c_out,), the least go first.
@@ -71,8 +83,8 @@ def prune_filters(model: nn.Module, amount: float | Mapping[str, float], *, crit
         outputs once their weights are refit, found one by one; needs calibration. "norm": filters of least L2 norm.
         "batchnorm": norms times γ/σ of the normalisation behind them. "random". "principal_angles", "norton-2024",
         "vbd": those of `skfactor.CPDFilterPruner`, for convolutions that are in no group with others. A callable
-        `criterion(weight, layer)` gives a score for every filter. "least_squares" with calibration and "norm" without
-        when None: what kept most accuracy on held-back training images (docs, "Pruning filters").
+        `criterion(weight, layer)` gives a score for every filter. "norm" when None: with a refit it kept most accuracy
+        on held-back training images (docs, "Pruning filters").
     calibration : tensor, tuple, dict, list, loader or Calibration, default=None
         Unlabelled inputs, as in `skfactor.compress`; of a `Calibration` only `inputs` and `max_vectors` are used.
     example_inputs : tensor, tuple, dict or loader, default=None
@@ -81,8 +93,9 @@ def prune_filters(model: nn.Module, amount: float | Mapping[str, float], *, crit
         With calibration: refit the weights of the layers that read what was removed.
     sequential : bool, default=True
         Refit layer after layer, each for the inputs that the smaller network before it really gives, so that errors
-        are made up for instead of adding up. Layers behind those that read removed filters are refit too. Two passes
-        over the inputs for every layer. False: one pass, every layer for inputs of the original network.
+        are made up for instead of adding up. Layers behind those that read removed filters are refit too. One pass
+        over all inputs at once where the layers' inputs fit into 2 GB, else two passes for every layer. False: every
+        layer for inputs of the original network.
     damping : float, default=0.003
         Ridge of the refit, as a share of the mean of the second moment's diagonal.
     rank : int, default=4
@@ -146,7 +159,7 @@ def _few(args: tuple[torch.Tensor, ...], n: int = 8) -> tuple[torch.Tensor, ...]
 
 def _checked_criterion(criterion, calibration) -> str | Criterion:
     if criterion is None:
-        return "norm" if calibration is None else "least_squares"
+        return "norm"
     if not callable(criterion) and criterion not in CRITERIA:
         raise ValueError(f"criterion must be a callable or one of {', '.join(CRITERIA)}, got {criterion!r}"
                          f"{did_you_mean(criterion, CRITERIA)}")
@@ -192,11 +205,14 @@ class _Task:
 
     def carrier(self, name: str):
         """The bias that takes up the shift of a layer's outputs."""
-        return bias_carrier(self.network.owners[self.network.names[name]], self.norms)
+        return bias_carrier(self.owners(name), self.norms)
 
     def root(self, unit: tuple[tuple[str, int], ...]) -> int:
         layer, index = unit[0]
         return int(self.anatomy.map.sets_of(self.anatomy.weights[layer])[index])
+
+    def owners(self, name: str) -> list:
+        return self.network.owners[self.network.names[name]]
 
     def weight(self, name: str) -> np.ndarray:
         return weight_of(self.network, name)
@@ -380,9 +396,10 @@ def _refit(task: _Task, pruned: nn.Module, wanted: set[int], sequential: bool, p
     names = list(columns)[list(columns).index(direct[0]):] if direct and sequential else direct
     network = entries_of_module(pruned)
     norms = norms_of(network, pruned, task.anatomy.batch)
-    joints = _joint_in_order(task, pruned, network, names) if sequential else _joint_at_once(task, columns, names, gone)
     done = []
-    for name, joint in tqdm(joints, total=len(names), disable=None if progress else True, unit="layer", desc="refit"):
+    bar = tqdm(total=len(names), disable=None if progress else True, unit="layer", desc="refit")
+
+    def refit(name: str, joint: JointMoments) -> None:
         kept_rows = ~np.isin(task.anatomy.map.sets_of(name), gone)
         kept_columns = ~np.isin(columns[name], gone)
         W = task.weight(name)[kept_rows]
@@ -393,6 +410,13 @@ def _refit(task: _Task, pruned: nn.Module, wanted: set[int], sequential: bool, p
             with torch.no_grad():
                 add_shift(carrier, apply_to_means(W, joint.mean) - apply_to_means(target, joint.mean_hat))
         done.append(task.anatomy.layer_of(name))
+        bar.update()
+
+    with bar:
+        if not sequential:
+            _refit_at_once(task, columns, names, gone, refit)
+        elif (batch := _one_batch(task)) is None or not _refit_in_one_pass(task, pruned, network, names, batch, refit):
+            _refit_in_order(task, pruned, network, names, refit)
     return tuple(done)
 
 
@@ -403,20 +427,70 @@ def _write(network: Network, name: str, matrix: np.ndarray) -> None:
         tensor.copy_(from_bits(from_float(layout.to_tensor(matrix, tuple(tensor.shape)), dtype), dtype))
 
 
-def _joint_at_once(task: _Task, columns, names, gone):
-    """Moments of inputs of the original network, and of what is left of them."""
+def _refit_at_once(task: _Task, columns, names, gone, refit) -> None:
+    """From moments of inputs of the original network, and of what is left of them."""
     moments = _moments(task, names)
     for name in names:
         entry = task.network.names[name]
         if entry in moments.grams:
             G, mean, kept = moments.grams[entry], moments.means[entry], ~np.isin(columns[name], gone)
-            yield name, JointMoments(mean[None], mean[None, kept], G[None][:, kept][:, :, kept], G[None][:, :, kept])
+            refit(name, JointMoments(mean[None], mean[None, kept], G[None][:, kept][:, :, kept], G[None][:, :, kept]))
 
 
-def _joint_in_order(task: _Task, pruned: nn.Module, network: Network, names):
-    """Moments of inputs of the original network and of those of the pruned one, as it is when each layer's turn comes."""
-    owners = {name: task.network.owners[task.network.names[name]] for name in names}
+def _refit_in_order(task: _Task, pruned: nn.Module, network: Network, names, refit) -> None:
+    """Batch by batch, both networks run as far as each layer: two passes over the inputs for every layer."""
+    owners = {name: task.owners(name) for name in names}
     batches = task.batches(task.anatomy.model)
     for name, n_calls in calls_of_layers(task.anatomy.model, owners, batches[0]).items():
-        runs = Runs(pruned, network.owners[network.names[name]], n_calls), Runs(task.anatomy.model, owners[name], n_calls)
-        yield name, joint_moments(*runs, batches, task.calibration.max_vectors)
+        runs = (Runs(pruned, network.owners[network.names[name]], n_calls),
+                Runs(task.anatomy.model, owners[name], n_calls))
+        refit(name, joint_moments(*runs, batches, task.calibration.max_vectors))
+
+
+def _one_batch(task: _Task) -> tuple[torch.Tensor, ...] | None:
+    """All inputs as the arguments of one forward pass; None where they cannot be joined."""
+    batches = task.batches(task.anatomy.model)
+    if any(kwargs or not all(isinstance(a, torch.Tensor) and a.dim() for a in args) for args, kwargs in batches):
+        return None
+    if len({tuple(a.shape[1:] for a in args) for args, _ in batches}) > 1:
+        return None
+    return tuple(torch.cat(parts) for parts in zip(*(args for args, _ in batches), strict=True))
+
+
+def _refit_in_one_pass(task: _Task, pruned: nn.Module, network: Network, names, args, refit) -> bool:
+    """All inputs at once: each layer of the pruned network is refit when its inputs arrive, before it runs.
+
+    Needs the inputs of the original layers in memory; returns False, with nothing done, where they would be more than
+    `MEMORY` or a layer runs more than once.
+    """
+    owners = {name: task.owners(name) for name in names}
+    twins = {name: network.owners[network.names[name]] for name in names}
+    counts = calls_of_layers(task.anatomy.model, owners, task.anatomy.batch)
+    if any(n != 1 or len(owners[name]) != 1 for name, n in counts.items()):
+        return False
+    seen: dict[str, tuple] = {}
+    n_examples = max(1, len(task.anatomy.batch[0][0])) if task.anatomy.batch[0] else 1
+
+    def remember(name, copied, module, args, kwargs):
+        seen[name] = (module, tuple(a.clone() if copied else a for a in args), kwargs)
+
+    def run(model, layers, hook, inputs):
+        hooks = [(layers[name][0][0], partial(hook, name), "before") for name in counts]
+        with hooked(hooks), evaluation(model):
+            model(*inputs)
+
+    run(task.anatomy.model, owners, lambda name, *call: remember(name, False, *call), task.anatomy.batch[0])
+    bytes_per_example = sum(a.numel() * a.element_size() for _, a_, _ in seen.values() for a in a_) / n_examples
+    if bytes_per_example * len(args[0]) > MEMORY:
+        return False
+    run(task.anatomy.model, owners, lambda name, *call: remember(name, True, *call), args)
+
+    def take_turn(name, module, args, kwargs):
+        (_, spec), kind = twins[name][0], kind_of_inputs(twins[name])
+        before = (*seen.pop(name), spec.parameter)
+        joint = moments_of_calls([(before, (module, args, kwargs, spec.parameter))], kind.vectors, kind.vectors,
+                                 task.calibration.max_vectors)
+        refit(name, joint)
+
+    run(pruned, twins, take_turn, args)
+    return True

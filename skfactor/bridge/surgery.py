@@ -7,7 +7,7 @@ channels are zero, wherever they occur.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -25,7 +25,7 @@ from skfactor.bridge.cost import count_parameters
 from skfactor.bridge.graph import Graph, operation, trace
 from skfactor.bridge.latency import example_batch
 from skfactor.bridge.layers import unwrap
-from skfactor.bridge.removal import make_plan, removal_of, replay
+from skfactor.bridge.removal import make_plan, replay
 from skfactor.exceptions import LayerError
 
 __all__ = ["FilterGroup", "FilterGroups", "PrunedNetwork", "TOLERANCE", "filter_groups", "remove_filters"]
@@ -315,7 +315,8 @@ def _check_alone(anatomy: Anatomy, wanted: set[int], asked: set[tuple[str, int]]
     for layer, weight in anatomy.weights.items():
         if weight not in anatomy.map.followers:
             sets = anatomy.map.sets_of(weight)
-            missing += [(layer, i) for i, root in enumerate(sets.tolist()) if root in wanted and (layer, i) not in asked]
+            missing += [(layer, i) for i, root in enumerate(sets.tolist())
+                        if root in wanted and (layer, i) not in asked]
     if missing:
         layers = list(dict.fromkeys(layer for layer, _ in missing))
         names = ", ".join(map(repr, layers[:4])) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")

@@ -5,8 +5,10 @@ References
 ----------
 .. [1] Hassibi, Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992.
 .. [2] Mishra et al., "Accelerating sparse deep neural networks", 2021. arXiv:2104.08378
-.. [3] He, Zhang, Sun, "Channel pruning for accelerating very deep neural networks", ICCV 2017. arXiv:1707.06168
-.. [4] Kurtic, Frantar, Alistarh, "ZipLM: inference-aware structured pruning of language models", 2023. arXiv:2302.04089
+.. [3] He, Zhang, Sun, "Channel pruning for accelerating very deep neural networks", ICCV 2017.
+   arXiv:1707.06168
+.. [4] Kurtic, Frantar, Alistarh, "ZipLM: inference-aware structured pruning of language models", 2023.
+   arXiv:2302.04089
 """
 
 from typing import NamedTuple
@@ -15,7 +17,8 @@ import numpy as np
 
 from skfactor.solvers.whitening import DAMPING, damped_grams, row_groups, whiten
 
-__all__ = ["Readers", "eliminate_units", "keep_largest", "keep_pattern", "prune_by_steps", "refit_kept", "surgeon_scale"]
+__all__ = ["Readers", "eliminate_units", "keep_largest", "keep_pattern", "prune_by_steps", "refit_kept",
+           "surgeon_scale"]
 
 _BLOCK_ELEMENTS = 1 << 20
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from _nets import LeNet5, ResNet, SmallCNN
+from _zoo import ZOO, Lambda, build, trained_alike
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import skfactor
-from _nets import LeNet5, ResNet, SmallCNN
-from _zoo import ZOO, Lambda, build, trained_alike
 from skfactor import LayerError
 from skfactor.bridge.surgery import TOLERANCE
 
@@ -34,7 +34,7 @@ def masked_by_readers(model, removed, x):
     layers = dict(model.named_modules())
     readers = [m for m in layers.values() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d,
                                                             nn.ConvTranspose3d, nn.Linear))]
-    marks = {m: None for m in readers}
+    marks = dict.fromkeys(readers)
 
     def plant(indices):
         def hook(module, args, output):
@@ -162,7 +162,7 @@ def test_groups_of_a_convolution_go_together():
     pruned = skfactor.remove_filters(model, {"blocks.0.conv1": [0, 1, 2, 3]}, x)
     conv = pruned.model.blocks[0].conv2
     assert (conv.groups, conv.in_channels, conv.out_channels, conv.weight.shape) == (3, 12, 12, (12, 4, 3, 3))
-    with pytest.raises(LayerError, match="such as filter 1 of 'blocks.0.conv1'"):
+    with pytest.raises(LayerError, match=r"such as filter 1 of 'blocks.0.conv1'"):
         skfactor.remove_filters(model, {"blocks.0.conv1": [0]}, x)
 
 
@@ -179,7 +179,7 @@ def test_the_network_is_unchanged_after_an_error_and_after_success():
     before = pickle.dumps(model.state_dict())
     for filters in ({"conv1": [99]}, {"linear": [0]}, {"layer1.0.conv1": range(16)}, {"nothing": [1]},
                     {"bn1": [1]}, {"layer1.0.conv1": [-1]}, {"layer1.0.conv1": [0.5]}, {}):
-        with pytest.raises(ValueError):  # noqa: PT011
+        with pytest.raises(ValueError):
             skfactor.remove_filters(model, filters, x)
     skfactor.remove_filters(model, {"layer1.0.conv1": [3]}, x)
     assert pickle.dumps(model.state_dict()) == before
@@ -323,7 +323,7 @@ def test_a_network_that_cannot_be_traced():
         def forward(self, x):
             return self.first(x) if x.sum() > 0 else x
 
-    with pytest.raises(LayerError, match="cannot be traced: torch.export says"):
+    with pytest.raises(LayerError, match=r"cannot be traced: torch.export says"):
         skfactor.filter_groups(Branches(), torch.randn(1, 3, 8, 8))
 
 
@@ -394,7 +394,7 @@ def test_damaged_plans(damage, tmp_path):
     result.removals = [damage(pruned.plan)]
     path = result.save(tmp_path / "a.skf")
     fresh = ResNet(1)
-    with pytest.raises(skfactor.FormatError, match="removed|removals of version"):
+    with pytest.raises(skfactor.FormatError, match=r"removed|removals of version"):
         skfactor.load_into(fresh, path)
     assert fresh.conv1.out_channels == 16
 
