@@ -211,7 +211,7 @@ def _as_method(model: Any, keep_zeros: bool, device: Any) -> TrainingMethod:
         return model
     if isinstance(model, nn.Module):
         return _Plain(model, keep_zeros, device)
-    hint = "; give its model, or TrainingMethod's of it" if hasattr(model, "tensors") else ""
+    hint = "; give result.model, or skfactor.TrainedSharing(result)" if hasattr(model, "tensors") else ""
     raise TypeError(f"model must be a torch.nn.Module or a TrainingMethod, got {type(model).__name__}{hint}")
 
 
