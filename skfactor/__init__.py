@@ -42,6 +42,7 @@ _MODULE_OF = {
     "TuckerFactorizer": "skfactor.estimators",
     "UniformQuantizer": "skfactor.estimators",
     "allocate": "skfactor.bridge",
+    "choose_formats": "skfactor.bridge",
     "compare": "skfactor.report",
     "compress": "skfactor.bridge",
     "compress_file": "skfactor.bridge",

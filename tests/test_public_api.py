@@ -40,6 +40,7 @@ PUBLIC = {
     "UniformQuantizer",
     "__version__",
     "allocate",
+    "choose_formats",
     "compare",
     "compress",
     "compress_file",
