@@ -253,7 +253,7 @@ def _key(row):
 def table(found):
     """Markdown table of all rows."""
     names = {"share": "none (\"WR\" row)", "plain": "plain loss", "clusters": "un-relaxed penalty",
-             "spectral": "spectral penalty, as published"}
+             "spectral": "published spectral penalty"}
     lines = ["| network | clusters | re-training | λ | images seen | bytes | smaller | accuracy before sharing | after "
              "| lost |", "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|"]
     clusters = [r["clusters"] for r in found]

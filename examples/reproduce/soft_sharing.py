@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import tempfile
 import time
 from pathlib import Path
 
@@ -21,6 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from networks import _mnist, accuracy, data_folder, fresh, original, test_set
+
+from skfactor.codec.container import SkfFile
 
 NETWORK = "mnist_lenet300100_original"
 HELD_BACK = 5000
@@ -61,18 +62,28 @@ def retrained(folder, args, tau, seed):
     return method
 
 
-def measured(method, images, labels):
+def compressed(folder, args, tau, seed):
+    """Path of the file of one run, made if it is not there, and the CPU seconds that it took."""
+    name = f"lenet300-tau{tau:g}-std{args.prior_std:g}-epochs{args.epochs}-seed{seed}.skf"
+    path = args.cache / name
+    if not path.exists():
+        args.cache.mkdir(parents=True, exist_ok=True)
+        start = time.process_time()
+        result = retrained(folder, args, tau, seed).finish()
+        result.save(path, metadata={"cpu_seconds": round(time.process_time() - start, 1)})
+    with SkfFile(path) as file:
+        return path, file.metadata["cpu_seconds"]
+
+
+def measured(path, images, labels):
     """Size of the file and error of the network loaded from it; non-zero weights; components."""
     import skfactor
 
-    with tempfile.TemporaryDirectory() as scratch:
-        path = method.finish().save(os.path.join(scratch, "network.skf"))
-        n_bytes = os.path.getsize(path)
-        restored = skfactor.load_into(fresh(NETWORK), path)
+    n_bytes = os.path.getsize(path)
+    restored = skfactor.load_into(fresh(NETWORK), path)
     nonzero = sum(int((p != 0).sum()) for p in restored.parameters()) / sum(p.numel() for p in restored.parameters())
     values = {v for p in restored.parameters() for v in p.detach().unique().tolist()}
     return {"bytes": n_bytes, "ratio": round(float32_bytes(restored) / n_bytes, 2),
-            "error_before_sharing": round(100 - accuracy(method.model.eval(), images, labels), 2),
             "error_after": round(100 - accuracy(restored, images, labels), 2),
             "percent_nonzero": round(100 * nonzero, 2), "distinct_values": len(values)}
 
@@ -90,10 +101,9 @@ def settings(args, tau):
 def choose(folder, args):
     _, (images, labels) = train_images(folder)
     for tau in args.taus:
-        start = time.process_time()
-        row = measured(retrained(folder, args, tau, 0), images, labels)
-        add(args, "chosen_on", settings(args, tau) | row | {"held_back_images": HELD_BACK,
-                                                            "cpu_seconds": round(time.process_time() - start, 1)})
+        path, seconds = compressed(folder, args, tau, 0)
+        row = measured(path, images, labels)
+        add(args, "chosen_on", settings(args, tau) | row | {"held_back_images": HELD_BACK, "cpu_seconds": seconds})
 
 
 def rows(folder, args):
@@ -105,10 +115,10 @@ def rows(folder, args):
         best = min(good, key=lambda t: t["bytes"])
         args.tau, args.prior_std, args.epochs = best["tau"], best["prior_std"], best["epochs"]
     for seed in args.seeds:
-        start = time.process_time()
-        row = measured(retrained(folder, args, args.tau, seed), images, labels)
+        path, seconds = compressed(folder, args, args.tau, seed)
+        row = measured(path, images, labels)
         add(args, "rows", settings(args, args.tau) | {"seed": seed, "error_trained": before} | row
-            | {"test_images": len(labels), "cpu_seconds": round(time.process_time() - start, 1)})
+            | {"test_images": len(labels), "cpu_seconds": seconds})
 
 
 def read(path):
@@ -141,6 +151,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder with weights/ and the images (default: $SKFACTOR_DATA)")
     parser.add_argument("--json", default=here / "results" / "soft_sharing.json", type=Path)
+    parser.add_argument("--cache", type=Path, default=Path("trained"), help="folder of files made here")
     parser.add_argument("--choose", action="store_true", help="try several prices on images held back")
     parser.add_argument("--taus", nargs="*", type=float, default=TAUS)
     parser.add_argument("--tau", type=float, help="instead of the price chosen")
