@@ -263,7 +263,7 @@ def _code_length(codes: torch.Tensor) -> float:
     zero_or_not = -(some * torch.log2(p) + (1 - some) * torch.log2(1 - p)).sum()
     n, total = some.sum(), size.sum()
     further = _entropy_of(n / total) * total  # magnitudes as a geometric distribution
-    return float(side + zero_or_not + n + further)
+    return side + float(zero_or_not + n + further)
 
 
 def _flag_bits(flags: torch.Tensor) -> float:
@@ -272,5 +272,5 @@ def _flag_bits(flags: torch.Tensor) -> float:
 
 def _entropy_of(p: torch.Tensor) -> torch.Tensor:
     """Bits of one decision with probability `p`."""
-    p = p.clamp(1e-9, 1 - 1e-9)
+    p = p.double().clamp(1e-9, 1 - 1e-9)
     return -(p * torch.log2(p) + (1 - p) * torch.log2(1 - p))
