@@ -18,6 +18,7 @@ _MODULE_OF = {
     "CompressionResult": "skfactor.bridge",
     "CompressionSearchCV": "skfactor.selection",
     "DictionaryFactorizer": "skfactor.estimators",
+    "EntropyTraining": "skfactor.bridge",
     "FormatError": "skfactor.exceptions",
     "HierarchicalTuckerFactorizer": "skfactor.estimators",
     "KMeansWeightSharer": "skfactor.estimators",

@@ -15,6 +15,7 @@ PUBLIC = {
     "CompressionResult",
     "CompressionSearchCV",
     "DictionaryFactorizer",
+    "EntropyTraining",
     "FormatError",
     "HierarchicalTuckerFactorizer",
     "KMeansWeightSharer",

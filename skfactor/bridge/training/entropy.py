@@ -97,7 +97,7 @@ class EntropyTraining(TrainingMethod):
     Examples
     --------
     >>> import torch
-    >>> from skfactor.bridge.training.entropy import EntropyTraining
+    >>> from skfactor import EntropyTraining
     >>> net = torch.nn.Linear(8, 4)
     >>> method = EntropyTraining(net, rate_weight=1e-3)
     >>> optimizer = torch.optim.Adam(method.parameter_groups(lr=1e-2))
