@@ -116,7 +116,7 @@ class EntropyTraining(TrainingMethod):
                                       ("step", step, True), ("step_lr", step_lr, False)):
             _check_number(name, value, positive)
         self.rate_weight, self.group_weight, self.step_lr = rate_weight, group_weight, step_lr
-        self.model = deep_copy(model)
+        self.model, self._plain = deep_copy(model), deep_copy(model)
         self._coded = _parametrize_all(self.model, step, skip)
         if not self._coded:
             raise LayerError(f"no weight of the network is left to train: skip={skip!r}")
@@ -163,11 +163,12 @@ class EntropyTraining(TrainingMethod):
 
     def finish(self) -> CompressionResult:
         """Plain layers with the rounded weights, and their codes as `UniformQuantizer` stores them."""
-        plain = deep_copy(self.model)
-        for module in list(plain.modules()):
-            if parametrize.is_parametrized(module):
-                for name in list(module.parametrizations):
-                    parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        # not by removing parametrizations from a copy: copies share the class that carries them
+        plain = deep_copy(self._plain)
+        with torch.no_grad():
+            for name, value in [*plain.named_parameters(), *plain.named_buffers()]:
+                owner, _, short = name.rpartition(".")
+                value.copy_(getattr(self.model.get_submodule(owner), short))
         rules = {c.name: UniformQuantizer(step, unit="absolute", entropy_weight=0.0)
                  for c, step in zip(self._coded, self.steps().values(), strict=True)}
         return compress(plain, rules | {"*": None}, progress=False)
