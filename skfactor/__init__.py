@@ -22,6 +22,7 @@ _MODULE_OF = {
     "DeepKMeansRegularizer": "skfactor.estimators",
     "DeepKMeansTraining": "skfactor.bridge",
     "DictionaryFactorizer": "skfactor.estimators",
+    "EntropyTraining": "skfactor.bridge",
     "FormatError": "skfactor.exceptions",
     "GradualPruning": "skfactor.bridge",
     "HierarchicalTuckerFactorizer": "skfactor.estimators",

@@ -19,6 +19,7 @@ PUBLIC = {
     "DeepKMeansRegularizer",
     "DeepKMeansTraining",
     "DictionaryFactorizer",
+    "EntropyTraining",
     "FormatError",
     "GradualPruning",
     "HierarchicalTuckerFactorizer",

@@ -97,7 +97,7 @@ class EntropyTraining(TrainingMethod):
     Examples
     --------
     >>> import torch
-    >>> from skfactor.bridge.training.entropy import EntropyTraining
+    >>> from skfactor import EntropyTraining
     >>> net = torch.nn.Linear(8, 4)
     >>> method = EntropyTraining(net, rate_weight=1e-3)
     >>> optimizer = torch.optim.Adam(method.parameter_groups(lr=1e-2))
@@ -116,7 +116,7 @@ class EntropyTraining(TrainingMethod):
                                       ("step", step, True), ("step_lr", step_lr, False)):
             _check_number(name, value, positive)
         self.rate_weight, self.group_weight, self.step_lr = rate_weight, group_weight, step_lr
-        self.model = deep_copy(model)
+        self.model, self._plain = deep_copy(model), deep_copy(model)
         self._coded = _parametrize_all(self.model, step, skip)
         if not self._coded:
             raise LayerError(f"no weight of the network is left to train: skip={skip!r}")
@@ -163,11 +163,12 @@ class EntropyTraining(TrainingMethod):
 
     def finish(self) -> CompressionResult:
         """Plain layers with the rounded weights, and their codes as `UniformQuantizer` stores them."""
-        plain = deep_copy(self.model)
-        for module in list(plain.modules()):
-            if parametrize.is_parametrized(module):
-                for name in list(module.parametrizations):
-                    parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        # not by removing parametrizations from a copy: copies share the class that carries them
+        plain = deep_copy(self._plain)
+        with torch.no_grad():
+            for name, value in [*plain.named_parameters(), *plain.named_buffers()]:
+                owner, _, short = name.rpartition(".")
+                value.copy_(getattr(self.model.get_submodule(owner), short))
         rules = {c.name: UniformQuantizer(step, unit="absolute", entropy_weight=0.0)
                  for c, step in zip(self._coded, self.steps().values(), strict=True)}
         return compress(plain, rules | {"*": None}, progress=False)
@@ -263,7 +264,7 @@ def _code_length(codes: torch.Tensor) -> float:
     zero_or_not = -(some * torch.log2(p) + (1 - some) * torch.log2(1 - p)).sum()
     n, total = some.sum(), size.sum()
     further = _entropy_of(n / total) * total  # magnitudes as a geometric distribution
-    return float(side + zero_or_not + n + further)
+    return side + float(zero_or_not + n + further)
 
 
 def _flag_bits(flags: torch.Tensor) -> float:
@@ -272,5 +273,5 @@ def _flag_bits(flags: torch.Tensor) -> float:
 
 def _entropy_of(p: torch.Tensor) -> torch.Tensor:
     """Bits of one decision with probability `p`."""
-    p = p.clamp(1e-9, 1 - 1e-9)
+    p = p.double().clamp(1e-9, 1 - 1e-9)
     return -(p * torch.log2(p) + (1 - p) * torch.log2(1 - p))

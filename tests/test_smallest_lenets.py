@@ -1,0 +1,65 @@
+"""The committed LeNets of a few kB: sizes as in the JSON, errors measured again where MNIST is present."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import skfactor
+from tests._data import data_dir, needs_data
+
+FOLDER = Path(__file__).resolve().parents[1] / "examples" / "reproduce"
+ROWS = [row for net in ("300", "5") if (FOLDER / f"results/smallest_lenets_{net}.json").exists()
+        for row in json.loads((FOLDER / f"results/smallest_lenets_{net}.json").read_text())["rows"]]
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("smallest_lenets", FOLDER / "smallest_lenets.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fresh(net):
+    return script().LeNet300() if net == "300" else script().LeNet5()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: r["file"])
+def test_files_are_as_large_as_the_json_says_and_restore_full_networks(row):
+    path = FOLDER / "results" / "lenets" / row["file"]
+    assert path.stat().st_size == row["bytes"]
+    model = skfactor.load_into(fresh(row["net"]), path)
+    assert sum(int((p != 0).sum()) for p in model.parameters()) == row["nonzero"]
+    n_params = {"300": 266_610, "5": 431_080}[row["net"]]
+    assert sum(p.numel() for p in model.parameters()) == n_params
+    assert row["ratio"] == pytest.approx(4 * n_params / row["bytes"], abs=0.06)
+
+
+@needs_data
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: r["file"])
+def test_errors_on_the_test_images(row):
+    with np.load(data_dir() / "mnist.npz") as d:
+        x, y = torch.from_numpy(d["X_test"].reshape(-1, 784)).float() / 256, torch.from_numpy(d["y_test"])
+    model = skfactor.load_into(fresh(row["net"]), FOLDER / "results" / "lenets" / row["file"])
+    with torch.no_grad():
+        wrong = sum(int((model(x[i : i + 1000]).argmax(1) != y[i : i + 1000]).sum()) for i in range(0, len(y), 1000))
+    # another machine may round a tie of two logits the other way
+    assert 100 * wrong / len(y) == pytest.approx(row["test_error"], abs=0.02)
+
+
+def test_fast_convolution_is_convolution_then_pooling():
+    """The narrow network's product of patches against torch's own layers, values and gradients."""
+    narrow = script().NarrowLeNet5((3, 4, 6))
+    x = torch.rand(5, 784)
+    out = narrow(x)
+    grads = torch.autograd.grad(out.square().sum(), list(narrow.parameters()))
+    h = torch.nn.functional.max_pool2d(narrow.conv1(x.view(-1, 1, 28, 28)), 2)
+    h = torch.nn.functional.max_pool2d(narrow.conv2(h), 2).flatten(1)
+    expected = narrow.ip2(torch.relu(narrow.ip1(h)))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    wanted = torch.autograd.grad(expected.square().sum(), list(narrow.parameters()))
+    for a, b in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
