@@ -133,13 +133,14 @@ def _solved(mttkrp, gram):
         return out.transpose(0, 2, 1)
 
 
-def selected(factors, n_keep):
-    """Filters that the published 'pabs' selection keeps, sorted; factors as of `cp_random`.
+def published_distances(factors):
+    """Sum over the factors of what the published code takes for the angle of each pair of filters."""
+    return sum(_published_angles(f) for f in factors)
 
-    Two steps are as published although they are not what the paper says: a chordal distance of one or more becomes
-    the angle zero, and the order of elimination is read as if it were a score of each filter.
-    """
-    D = sum(_published_angles(f) for f in factors)
+
+def elimination(D):
+    """The published order: of the closest pair of filters goes the one that is nearer to the rest, and so on."""
+    D = D.copy()
     np.fill_diagonal(D, np.inf)
     N = len(D)
     order = np.full(N, N - 1)
@@ -148,7 +149,17 @@ def selected(factors, n_keep):
         sums = [D[i][np.isfinite(D[i])].sum() for i in (row, col)]
         order[step] = row if sums[0] < sums[1] else col
         D[order[step]] = D[:, order[step]] = np.inf
-    return np.sort(np.argsort(order, kind="stable")[N - n_keep:])
+    return order
+
+
+def selected(factors, n_keep):
+    """Filters that the published 'pabs' selection keeps, sorted; factors as of `cp_random`.
+
+    Two steps are as published although they are not what the paper says: a chordal distance of one or more becomes
+    the angle zero, and the order of elimination is read as if it were a score of each filter.
+    """
+    order = elimination(published_distances(factors))
+    return np.sort(np.argsort(order, kind="stable")[len(order) - n_keep:])
 
 
 def _published_angles(factor):
