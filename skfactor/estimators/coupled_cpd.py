@@ -30,7 +30,7 @@ class CoupledCPDFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
     .. math:: \min \sum_n \|W_n - \sum_r a^{k(n)}_r \circ b_{nr} \circ c_{nr}\|_F^2,
 
     by alternating least squares [1]_. The pointwise convolution to the channels of all clusters is computed once, and
-    every filter reads those of its own. At equal numbers of parameters the error is far below that of separate CP
+    every filter reads those of its own. At equal numbers of parameters this leaves room for more terms than separate CP
     decompositions, since the channel factor is what costs.
 
     The source names the steps and leaves open how filters are clustered and where the iterations start. Here filters
