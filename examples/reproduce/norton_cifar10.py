@@ -406,6 +406,16 @@ def _read(path):
     return json.loads(path.read_text()) if path.exists() else {"rows": []}
 
 
+def _write(path, found, threads):
+    """Rows, what of the tables was not run, and the machine."""
+    found["not_run"] = [n for n in ROWS if n not in {r["row"] for r in found["rows"]}]
+    found["not_fine_tuned"] = [n for n in ROWS if n not in {r["row"] for r in found["rows"] if r["images_seen"]}]
+    found["machine"] = {"python": platform.python_version(), "torch": torch.__version__.partition("+")[0],
+                        "threads": threads}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def _key(row):
     return row["row"], row["method"], row["seed"], row["scale"]
 
@@ -431,6 +441,7 @@ def main(argv=None):
         args.docs.write_text(f"{head}{BEGIN}\n{shown}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
         return
     folder = data_folder(args.data)
+    _write(args.json, _read(args.json), args.threads)
     if not args.baseline:
         _KNOWN.update({r["network"]: r["top1_before"] for r in _read(args.json)["rows"]})
     for seed in args.seeds:
@@ -442,11 +453,7 @@ def main(argv=None):
                 print(json.dumps(row), flush=True)
                 found = _read(args.json)  # again: another run may have added rows meanwhile
                 found["rows"].append(row)
-                found["not_run"] = [n for n in ROWS if n not in {r["row"] for r in found["rows"]}]
-                found["machine"] = {"python": platform.python_version(), "torch": torch.__version__.partition("+")[0],
-                                    "threads": args.threads}
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps(found, indent=1) + "\n")
+                _write(args.json, found, args.threads)
 
 
 if __name__ == "__main__":
