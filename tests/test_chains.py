@@ -20,7 +20,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 CLASSES = sorted({type(case.estimator) for case in CASES}, key=lambda cls: cls.__name__)
 #: Their codes are numbers of symbols: a step behind them would do arithmetic with names.
-ENDS = {"KMeansWeightSharer", "UniformQuantizer"}
+ENDS = {"DeepKMeansRegularizer", "KMeansWeightSharer", "SoftWeightSharer", "UniformQuantizer"}
 MATRICES = {
     "weights": weights_matrix(),
     "double": weights_matrix(np.float64),

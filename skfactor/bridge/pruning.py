@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,6 @@ from skfactor.bridge.calibrate import (
     Calibration,
     Moments,
     collect_moments,
-    evaluation,
-    hooked,
     kind_of_inputs,
     model_batches,
 )
@@ -42,7 +39,6 @@ from skfactor.bridge.sequential import (
     calls_of_layers,
     covariance,
     joint_moments,
-    moments_of_calls,
 )
 from skfactor.bridge.surgery import Anatomy, FilterGroup, PrunedNetwork, dissect, groups_of, remove_sets
 from skfactor.bridge.tensors import from_bits, to_bits
@@ -56,8 +52,6 @@ __all__ = ["CRITERIA", "prune_filters"]
 
 #: Names that `criterion` may be.
 CRITERIA = ("least_squares", "norm", "batchnorm", "random", "principal_angles", "norton-2024", "vbd")
-#: Bytes of layer inputs that a sequential refit keeps; with more it runs the network again for every layer.
-MEMORY = 1 << 31
 _OF_FACTORS = ("principal_angles", "norton-2024", "vbd")
 
 #: Scores of the filters of one layer: (weight (c_out, *), layer name) -> (c_out,), the least go first.
@@ -415,7 +409,7 @@ def _refit(task: _Task, pruned: nn.Module, wanted: set[int], sequential: bool, p
     with bar:
         if not sequential:
             _refit_at_once(task, columns, names, gone, refit)
-        elif (batch := _one_batch(task)) is None or not _refit_in_one_pass(task, pruned, network, names, batch, refit):
+        else:
             _refit_in_order(task, pruned, network, names, refit)
     return tuple(done)
 
@@ -445,52 +439,3 @@ def _refit_in_order(task: _Task, pruned: nn.Module, network: Network, names, ref
         runs = (Runs(pruned, network.owners[network.names[name]], n_calls),
                 Runs(task.anatomy.model, owners[name], n_calls))
         refit(name, joint_moments(*runs, batches, task.calibration.max_vectors))
-
-
-def _one_batch(task: _Task) -> tuple[torch.Tensor, ...] | None:
-    """All inputs as the arguments of one forward pass; None where they cannot be joined."""
-    batches = task.batches(task.anatomy.model)
-    if any(kwargs or not all(isinstance(a, torch.Tensor) and a.dim() for a in args) for args, kwargs in batches):
-        return None
-    if len({tuple(a.shape[1:] for a in args) for args, _ in batches}) > 1:
-        return None
-    return tuple(torch.cat(parts) for parts in zip(*(args for args, _ in batches), strict=True))
-
-
-def _refit_in_one_pass(task: _Task, pruned: nn.Module, network: Network, names, args, refit) -> bool:
-    """All inputs at once: each layer of the pruned network is refit when its inputs arrive, before it runs.
-
-    Needs the inputs of the original layers in memory; returns False, with nothing done, where they would be more than
-    `MEMORY` or a layer runs more than once.
-    """
-    owners = {name: task.owners(name) for name in names}
-    twins = {name: network.owners[network.names[name]] for name in names}
-    counts = calls_of_layers(task.anatomy.model, owners, task.anatomy.batch)
-    if any(n != 1 or len(owners[name]) != 1 for name, n in counts.items()):
-        return False
-    seen: dict[str, tuple] = {}
-    n_examples = max(1, len(task.anatomy.batch[0][0])) if task.anatomy.batch[0] else 1
-
-    def remember(name, copied, module, args, kwargs):
-        seen[name] = (module, tuple(a.clone() if copied else a for a in args), kwargs)
-
-    def run(model, layers, hook, inputs):
-        hooks = [(layers[name][0][0], partial(hook, name), "before") for name in counts]
-        with hooked(hooks), evaluation(model):
-            model(*inputs)
-
-    run(task.anatomy.model, owners, lambda name, *call: remember(name, False, *call), task.anatomy.batch[0])
-    bytes_per_example = sum(a.numel() * a.element_size() for _, a_, _ in seen.values() for a in a_) / n_examples
-    if bytes_per_example * len(args[0]) > MEMORY:
-        return False
-    run(task.anatomy.model, owners, lambda name, *call: remember(name, True, *call), args)
-
-    def take_turn(name, module, args, kwargs):
-        (_, spec), kind = twins[name][0], kind_of_inputs(twins[name])
-        before = (*seen.pop(name), spec.parameter)
-        joint = moments_of_calls([(before, (module, args, kwargs, spec.parameter))], kind.vectors, kind.vectors,
-                                 task.calibration.max_vectors)
-        refit(name, joint)
-
-    run(pruned, twins, take_turn, args)
-    return True

@@ -134,9 +134,9 @@ def eliminate_similar(distances, n_removed):
     Examples
     --------
     >>> import numpy as np
-    >>> x = np.array([0.0, 1.0, 1.1, 5.0])
-    >>> eliminate_similar(np.abs(x[:, None] - x), 2)
-    array([1, 0])
+    >>> x = np.array([0.0, 1.0, 1.1, 5.0, 6.0])
+    >>> eliminate_similar(np.abs(x[:, None] - x), 1)
+    array([2])
     """
     D = np.array(distances, dtype=np.float64)
     sums = D.sum(axis=1) - np.diag(D)

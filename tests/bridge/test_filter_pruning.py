@@ -150,17 +150,6 @@ def test_wide_layers_come_in_pieces(monkeypatch):
         assert torch.allclose(whole(x), pieces(x), rtol=1e-3, atol=1e-3)
 
 
-def test_one_pass_and_many_passes_agree(monkeypatch):
-    model, x = build("ResNet-8")
-    x = torch.randn(16, *x.shape[1:], generator=torch.Generator().manual_seed(3))
-    once = prune_filters(model, {"layer*": 0.4}, calibration=x, progress=False)
-    monkeypatch.setattr("skfactor.bridge.pruning.MEMORY", 0)
-    often = prune_filters(model, {"layer*": 0.4}, calibration=x, progress=False)
-    assert once.refitted == often.refitted
-    with torch.no_grad():
-        assert torch.allclose(once.model(x), often.model(x), rtol=1e-3, atol=1e-3)
-
-
 def test_amounts():
     model, x = build("ResNet-8")
 
