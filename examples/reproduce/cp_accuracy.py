@@ -70,6 +70,8 @@ def main():
     parser.add_argument("--data", help="folder with weights/ and the images (default: $SKFACTOR_DATA)")
     parser.add_argument("--json", default=here / "results" / "cp_accuracy.json", type=Path)
     parser.add_argument("--docs", type=Path, help="Markdown file that gets the table")
+    parser.add_argument("--ranks", nargs="*", type=int, default=RANKS)
+    parser.add_argument("--fits", nargs="*", default=list(FITS), choices=list(FITS))
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -79,12 +81,14 @@ def main():
         args.docs.write_text(f"{head}{BEGIN}\n{table(found['rows'])}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
         return
     folder = data_folder(args.data)
-    for rank in RANKS:
-        for fit in FITS:
+    for rank in args.ranks:
+        for fit in args.fits:
             if any(r["rank"] == rank and r["fit"] == fit for r in found["rows"]):
                 continue
-            found["rows"].append(measure(folder, rank, fit))
-            print(json.dumps(found["rows"][-1]), flush=True)
+            row = measure(folder, rank, fit)
+            print(json.dumps(row), flush=True)
+            found = json.loads(args.json.read_text()) if args.json.exists() else {"rows": []}  # others may have added
+            found["rows"].append(row)
             args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
