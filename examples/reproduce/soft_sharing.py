@@ -141,8 +141,8 @@ def table(found):
              "| published (Ullrich et al., size by formula) | 1.89 % | 1.94 % | 4.3 % | | 64x |"]
     for r in found["chosen_on"]:
         lines.append(f"| skfactor on images held back, {r['epochs']} epochs, τ = {r['tau']:g}, "
-                     f"width {r['prior_std']:g} "
-                     f"| | {r['error_after']:.2f} % | {r['percent_nonzero']:.1f} % | {r['bytes']:,} "
+                     f"width {r['prior_std']:g} | | {r['error_after']:.2f} % | "
+                     f"{r['percent_nonzero']:.1f} % | {r['bytes']:,} "
                      f"| {r['ratio']:.1f}x |")
     for r in found["rows"]:
         lines.append(f"| skfactor, seed {r['seed']}, {r['epochs']} epochs, τ = {r['tau']:g} "
