@@ -3,7 +3,7 @@
 
 Han, Mao, Dally (ICLR 2016, arXiv:1510.00149) publish 40x at 1.58 % error. Here the pruning is gradual, with amounts by
 layer from what pruning each layer does to the output on unlabelled images, and weights may grow back; shared weights
-are trained by their codebooks. Amounts, epochs and rates were chosen on the last 5,000 training images.
+are trained by their codebooks. Amounts, epochs and rates are first guesses; nothing has been tuned.
 
     python deep_compression.py               # rows, into results/deep_compression.json
     python deep_compression.py --docs FILE   # write the table into FILE, between its markers
