@@ -7,6 +7,7 @@ programmes over windows around the borders move all borders of a row jointly unt
 numpy operation over a block of rows; blocks are spread over threads.
 """
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -17,11 +18,15 @@ from numpy.lib.stride_tricks import sliding_window_view
 # Rows with at most this many distinct values are solved exactly: every position is a candidate border.
 EXACT_LENGTH = 96
 # Rows handled by one numpy call.
-_BLOCK = 256
+_BLOCK = 1024
+# Rows whose table of candidates fits the cache of one core.
+_CANDIDATE_BLOCK = 256
+# Candidates at either end of a row: outliers deserve clusters of their own.
+_EXTREMES = 8
 # Numbers in one work array: two of them fit the cache of one core.
 _WORK = 32768
-# A segment of negative length must never win: dividing by this makes its gain -inf, or -0 when its sum is 0.
-_NEGATIVE = -1e-300
+# A segment of negative length must never win: dividing by this makes its gain -inf or far below that of any other.
+_NEGATIVE = {np.dtype(np.float64): -1e-300, np.dtype(np.float32): np.float32(-1e-30)}
 
 
 class RowKMeansResult(NamedTuple):
@@ -53,6 +58,27 @@ class _Rows(NamedTuple):
     mean: np.ndarray  # (R,)
 
 
+class _Prefix(NamedTuple):
+    """What the programmes need of a block of rows, in double precision or, for moves proposed, in single."""
+
+    sums: np.ndarray  # (n + 1, R)
+    masses: np.ndarray  # (n + 1, R)
+    tiny: np.ndarray  # (R,) mass that makes an empty segment's gain 0/tiny = 0 and changes no other one, to rounding
+    counts: bool  # masses are whole numbers, so that no two of them differ by `tiny`
+
+    @classmethod
+    def of(cls, rows, dtype):
+        masses = rows.masses.astype(dtype, copy=False)
+        tiny = np.spacing(masses[-1])
+        return cls(rows.sums.astype(dtype, copy=False), masses, tiny, tiny.max() < 1 and (masses % 1 == 0).all())
+
+    def at(self, positions, active):
+        """Sums and masses before the positions (..., R) of the chosen rows."""
+        flat = positions * self.sums.shape[1]
+        flat += active
+        return self.sums.ravel().take(flat, mode="clip"), self.masses.ravel().take(flat, mode="clip")
+
+
 def kmeans_1d_rows(X, n_clusters, *, weights=None):
     """Scalar k-means of every row, within a fraction of a percent of the optimum.
 
@@ -61,7 +87,7 @@ def kmeans_1d_rows(X, n_clusters, *, weights=None):
         sum_j w[i, j] * (X[i, j] - c[i, a(i, j)])**2
 
     over the centres ``c[i]`` and the assignments ``a(i, .)``. Rows with at most 96 distinct values are solved
-    exactly; on longer rows the sum over rows is typically within 5e-4 of the optimum, and each row is a local
+    exactly; on longer rows the sum over rows is typically within 6e-4 of the optimum, and each row is a local
     optimum with respect to joint moves of all its borders, so no single value can move to another cluster and gain.
     The result does not depend on any random number, nor on the scale of the rows.
 
@@ -210,8 +236,11 @@ def _upper_limits(centers, repeats, dtype):
 def _solve_block(X, weights, n_clusters):
     """Centres (R, n_clusters), inertia (R,) and number of sweeps for a block of rows."""
     # A power of two per row: scaling by it is exact, and squares neither overflow nor vanish.
-    exponent = np.frexp(np.abs(X).max(axis=1).astype(np.float64))[1]
-    values = np.ldexp(X.astype(np.float64), -exponent[:, None])
+    exponent = np.frexp(np.maximum(X.max(axis=1), -X.min(axis=1)).astype(np.float64))[1]
+    # Without weights the order does not matter: sorting in the type of the input is faster in single precision.
+    values = (np.sort(X, axis=1) if weights is None else X).astype(np.float64)
+    for part in (exponent // 2, exponent - exponent // 2):  # in two steps: one factor could overflow
+        values *= np.ldexp(1.0, -part)[:, None]
     if weights is None:
         w_scale, dead = np.ones(len(X)), np.zeros(len(X), dtype=bool)
     else:
@@ -233,96 +262,151 @@ def _solve_block(X, weights, n_clusters):
 
 
 def _distinct(values, weights):
-    """Sort rows and merge equal values; values of weight 0 take the place of another value of their row."""
+    """Sort rows and merge equal values; values of weight 0 take the place of another value of their row.
+
+    Without weights the rows are sorted already.
+    """
     n_rows, n = values.shape
-    if weights is None:
-        values = np.sort(values, axis=1)
-    else:
+    if weights is not None:
         heavy = np.take_along_axis(values, weights.argmax(axis=1)[:, None], axis=1)
         values = np.where(weights > 0, values, heavy)
         order = np.argsort(values, axis=1)
         values, weights = np.take_along_axis(values, order, axis=1), np.take_along_axis(weights, order, axis=1)
-    rank = np.zeros((n_rows, n), dtype=np.intp)
-    np.cumsum(values[:, 1:] != values[:, :-1], axis=1, out=rank[:, 1:])
-    n_distinct = rank[:, -1] + 1
+    steps = values[:, 1:] != values[:, :-1]
+    n_distinct = 1 + np.count_nonzero(steps, axis=1)
+    repeated = np.flatnonzero(n_distinct < n)
+    if repeated.size:
+        weights = np.ones((n_rows, n)) if weights is None else weights
+        values[repeated], weights[repeated] = _merged(values[repeated], weights[repeated], steps[repeated])
+        values, weights = values[:, : n_distinct.max()], weights[:, : n_distinct.max()]
+    values = np.ascontiguousarray(values.T)
     if weights is None:
-        weights = np.ones((n_rows, n))
-    if n_distinct.min() < n:
-        width = n_distinct.max()
-        merged = np.repeat(values[:, -1:], width, axis=1)
-        np.put_along_axis(merged, rank, values, axis=1)
-        slot = rank + width * np.arange(n_rows)[:, None]
-        weights = np.bincount(slot.ravel(), weights.ravel(), n_rows * width).reshape(n_rows, width)
-        values = merged
-    values, weights = np.ascontiguousarray(values.T), np.ascontiguousarray(weights.T)
-    mean = (values * weights).sum(axis=0) / weights.sum(axis=0)
-    zero = np.zeros((1, n_rows))
-    sums = np.concatenate([zero, np.cumsum((values - mean) * weights, axis=0)])
-    masses = np.concatenate([zero, np.cumsum(weights, axis=0)])
-    return _Rows(values, weights, n_distinct, sums, masses, mean)
+        weights, masses = np.broadcast_to(1.0, values.shape), np.repeat(np.arange(n + 1.0)[:, None], n_rows, axis=1)
+        mean = values.mean(axis=0)
+        parts = values - mean
+    else:
+        weights = np.ascontiguousarray(weights.T)
+        masses = _prefix_sums(weights)
+        mean = (values * weights).sum(axis=0) / masses[-1]
+        parts = (values - mean) * weights
+    return _Rows(values, weights, n_distinct, _prefix_sums(parts), masses, mean)
+
+
+def _merged(values, weights, steps):
+    """Distinct values of sorted rows and the sums of their weights, padded by the largest value and weight 0."""
+    n_rows, n = values.shape
+    slot = np.zeros((n_rows, n), dtype=np.intp)
+    np.cumsum(steps, axis=1, out=slot[:, 1:])
+    slot += n * np.arange(n_rows)[:, None]
+    merged = np.repeat(values[:, -1:], n, axis=1)
+    merged.ravel()[slot] = values
+    return merged, np.bincount(slot.ravel(), weights.ravel(), n_rows * n).reshape(n_rows, n)
+
+
+def _prefix_sums(parts):
+    """Sums of the first 0, 1, ... rows of `parts`; a fifth of the time of numpy's cumsum along the first axis."""
+    out = np.zeros((len(parts) + 1, parts.shape[1]))
+    for before, part, after in zip(out[:-1], parts, out[1:], strict=True):
+        np.add(before, part, out=after)
+    return out
 
 
 def _take(rows, keep):
     """The chosen rows, with padding that no chosen row needs cut off."""
+    if keep.all():
+        return rows
     n = rows.n_distinct[keep].max()
-    return _Rows(
-        rows.values[:n, keep], rows.weights[:n, keep], rows.n_distinct[keep],
-        rows.sums[: n + 1, keep], rows.masses[: n + 1, keep], rows.mean[keep],
-    )  # fmt: skip
-
-
-def _tiny(rows):
-    """Mass that makes an empty segment's gain 0/tiny = 0 and leaves every other gain as it is, to rounding."""
-    return np.spacing(rows.masses[-1])
+    values, weights, sums, masses = (
+        np.compress(keep, array[:length], axis=1)
+        for array, length in ((rows.values, n), (rows.weights, n), (rows.sums, n + 1), (rows.masses, n + 1))
+    )
+    return _Rows(values, weights, rows.n_distinct[keep], sums, masses, rows.mean[keep])
 
 
 def _optimum(rows, n_clusters):
     """Optimal borders by the dynamic programme over all positions."""
     n, n_rows = rows.values.shape
     positions = np.broadcast_to(np.arange(n + 1)[:, None], (n + 1, n_rows))
-    return _candidate_programme(rows, positions, n_clusters, n)
+    return _candidate_programme(_Prefix.of(rows, np.float64), np.arange(n_rows), positions, n_clusters, n)
 
 
 def _near_optimum(rows, n_clusters, n_columns):
     """Borders from a programme on candidates, then on windows around the borders until no row gains.
 
     The sizes of the windows follow the number of columns of the matrix: no row depends on the others of its block.
+    Moves are proposed in single precision first, where that resolves the inertia, and in double precision last.
     """
-    n, n_rows = rows.values.shape
-    n_candidates = max(48, 3 * n_clusters)
-    reach = min(n_candidates, -(-5 * n_candidates // n_clusters))
-    positions = np.concatenate([_compander_positions(rows, n_candidates), _extreme_positions(rows, 8)])
+    everyone = np.arange(len(rows.mean))
+    double = _Prefix.of(rows, np.float64)
+    n_candidates = max(64, 3 * n_clusters)
+    reach = min(n_candidates, -(-4 * n_candidates // n_clusters))
+    positions = np.concatenate([_compander_positions(rows, n_candidates), _extreme_positions(rows, _EXTREMES)])
     positions.sort(axis=0)
-    borders = _candidate_programme(rows, positions, n_clusters, reach)
-    near = _near_offsets(n_columns, n_clusters)
+    borders = np.empty((n_clusters + 1, len(rows.mean)), dtype=np.intp)
+
+    def start(rows, dtype):
+        for some in np.split(rows, range(_CANDIDATE_BLOCK, len(rows), _CANDIDATE_BLOCK)):
+            borders[:, some] = _candidate_programme(double, some, positions[:, some], n_clusters, reach, dtype)
+        return _gain(double, rows, borders[:, rows])
+
+    gain = start(everyone, np.float32)
+    total = (rows.weights * np.square(rows.values - rows.mean)).sum(axis=0)
+    # Where single precision tells one ten-thousandth of the inertia.
+    resolved = np.finfo(np.float32).eps * gain < 1e-4 * (total - gain)
+    if not resolved.all():
+        gain[~resolved] = start(everyone[~resolved], np.float64)
+    single = _Prefix.of(rows, np.float32)
+    levels = _offsets(n_columns, n_clusters)
     # few clusters get stuck in narrow windows, many are cheap to widen
     half = int(np.clip(2 * n_columns / n_clusters, 8, 11 if 8 <= n_clusters <= 32 else 14))
-
-    fractions = np.arange(1, half + 1)[None, :, None] / half
+    # Indices that differ by up to 2/3 of `half`: segments from 1/3 to 5/3 of the present clusters.
+    band = 2 * half // 3
     n_iter = 0
-    active = np.arange(n_rows)
-    while active.size:
-        inner = active
-        while inner.size:
-            windows = np.clip(borders[1:-1, None, inner] + near[None, :, None], 0, n)
-            inner = _improve(rows, borders, inner, windows, windows.shape[1])
-            n_iter += 1
-        # From the lower to the upper neighbour: a cluster can be given up on one side and opened on the other.
-        middle, low, high = borders[1:-1, None, active], borders[:-2, None, active], borders[2:, None, active]
-        up = np.rint((high - middle) * fractions).astype(np.intp)
-        down = np.rint((middle - low) * fractions).astype(np.intp)
-        windows = np.concatenate([middle - down[:, ::-1], middle, middle + up], axis=1)
-        # Indices that differ by up to 2/3 of `half`: segments from 1/3 to 5/3 of the present clusters.
-        active = _improve(rows, borders, active, windows, 2 * half // 3)
+
+    def sweep(proposals, active, windows, band):
+        nonlocal n_iter
         n_iter += 1
+        return _improve(double, proposals, borders, gain, active, windows(borders[:, active]), band)
+
+    def near(proposals, active, offsets):
+        while active.size:
+            active = sweep(proposals, active, lambda b: _near_windows(b, offsets), len(offsets))
+
+    for active, proposals in ((everyone[resolved], single), (everyone[~resolved], double)):
+        while active.size:
+            for offsets in levels:
+                near(proposals, active, offsets)
+            active = sweep(proposals, active, lambda b: _wide_windows(b, half), band)
+    near(double, everyone, levels[-1])
     return borders, n_iter
 
 
-def _near_offsets(n, n_clusters):
-    """Offsets -4..4, and on both sides geometrically growing ones up to a quarter of the mean cluster size."""
-    growing = np.rint(4 * 1.6 ** np.arange(1, 40)).astype(np.intp)
-    above = np.concatenate([np.arange(1, 5), growing[growing <= n / (4 * n_clusters)]])
-    return np.concatenate([-above[::-1], [0], above])
+def _near_windows(borders, offsets):
+    """Positions (K - 1, W, R) next to each inner border."""
+    windows = borders[1:-1, None] + offsets[None, :, None]
+    np.maximum(windows, 0, out=windows)
+    return np.minimum(windows, borders[-1], out=windows)
+
+
+def _wide_windows(borders, half):
+    """From the lower to the upper neighbour: a cluster can be given up on one side and opened on the other."""
+    fractions = np.arange(1, half + 1)[None, :, None] / half
+    middle, low, high = borders[1:-1, None], borders[:-2, None], borders[2:, None]
+    up = np.rint((high - middle) * fractions).astype(np.intp)
+    down = np.rint((middle - low) * fractions).astype(np.intp)
+    return np.concatenate([middle - down[:, ::-1], middle, middle + up], axis=1)
+
+
+def _offsets(n, n_clusters):
+    """Offsets of near windows, coarse to fine: units from a twelfth of the mean cluster size down to 1."""
+    unit = max(1, round(n / (12 * n_clusters)))
+    # With many clusters a sweep is dear by its number of steps, not by the width of its windows.
+    steps = np.arange(-2, 3) if n_clusters <= 32 else np.arange(-4, 5)
+    levels = [steps]
+    while unit > 1:
+        levels.insert(1, unit * steps)
+        unit = round(unit / 3)
+    return levels[1:] + levels[:1]
 
 
 def _compander_positions(rows, n_candidates):
@@ -332,13 +416,15 @@ def _compander_positions(rows, n_candidates):
     d that holds the mass w contributes d^(2/3) w^(1/3).
     """
     n, n_rows = rows.values.shape
-    between = (rows.weights[1:] + rows.weights[:-1]) / 2
-    coordinate = np.cumsum(np.cbrt(np.diff(rows.values, axis=0) ** 2 * between), axis=0)
+    spacing = np.diff(rows.values, axis=0)
+    between = np.sqrt((rows.weights[1:] + rows.weights[:-1]) / 2)
+    root = np.sqrt(spacing)
+    coordinate = _prefix_sums(np.sqrt(np.sqrt(root * between) * between * spacing))[1:]
     total = coordinate[-1]
-    coordinate /= np.where(total > 0, total, 1)
-    coordinate *= 0.7
-    coordinate += 0.3 * rows.masses[1:-1] / rows.masses[-1]
-    bins = np.minimum((coordinate * n_candidates).astype(np.intp), n_candidates - 1)
+    coordinate *= 0.7 / np.where(total > 0, total, 1)
+    coordinate += rows.masses[1:-1] * (0.3 / rows.masses[-1])
+    coordinate *= n_candidates
+    bins = np.minimum(coordinate.astype(np.intp), n_candidates - 1)
     bins += n_candidates * np.arange(n_rows)
     counts = np.bincount(bins.ravel(), minlength=n_rows * n_candidates).reshape(n_rows, n_candidates)
     positions = np.zeros((n_candidates + 1, n_rows), dtype=np.intp)
@@ -354,16 +440,17 @@ def _extreme_positions(rows, n_extremes):
     return np.concatenate([np.minimum(step, rows.n_distinct), np.maximum(rows.n_distinct - step, 0)])
 
 
-def _candidate_programme(rows, positions, n_clusters, reach):
+def _candidate_programme(prefix, active, positions, n_clusters, reach, dtype=np.float64):
     """Borders (K + 1, R) that maximise sum (segment sum)^2 / (segment mass) over the candidate positions.
 
     The weighted sum of squares is the same for every partition, so that maximising this gain minimises the inertia.
-    `positions` has shape (M + 1, R); a segment spans at most `reach` candidates.
+    `positions` has shape (M + 1, R); a segment spans at most `reach` candidates. Gains are rounded
+    to `dtype` before they are added.
     """
     n_steps, n_rows = positions.shape[0] - 1, positions.shape[1]
     reach = min(reach, n_steps)
     row = np.arange(n_rows)
-    sums, masses = rows.sums[positions, row], rows.masses[positions, row]
+    sums, masses = prefix.at(positions, active)
 
     def starts(array, fill):
         # [j, l] is candidate j + 1 - reach + l, the possible starts of a segment that ends at candidate j + 1
@@ -372,82 +459,82 @@ def _candidate_programme(rows, positions, n_clusters, reach):
 
     gain = sums[1:, None] - starts(sums, 0.0)  # (M, reach, R)
     mass = masses[1:, None] - starts(masses, 0.0)
-    mass += _tiny(rows)
+    mass += prefix.tiny[active]
     gain *= gain
     gain /= mass
-    best = np.full((n_steps + 1, n_rows), -np.inf)
-    best[0] = 0.0
-    history, work = [], mass
-    for _ in range(n_clusters):
-        history.append(best)
-        np.add(gain, starts(best, -np.inf), out=work)
-        best = np.concatenate([np.full((1, n_rows), -np.inf), work.max(axis=1)])
+    gain = gain.astype(dtype, copy=False)
+    # one array of all rounds with -inf in front, where no segment can start
+    history = np.full((n_clusters, reach + n_steps, n_rows), -np.inf, dtype=dtype)
+    history[0, reach - 1] = 0.0
+    work = np.empty_like(gain)
+    for k in range(n_clusters - 1):
+        np.add(gain, sliding_window_view(history[k, :-1], reach, axis=0).transpose(0, 2, 1), out=work)
+        work.max(axis=1, out=history[k + 1, reach:])
     end = np.full(n_rows, n_steps)
     borders = np.zeros((n_clusters + 1, n_rows), dtype=np.intp)
     borders[-1] = positions[-1]
     lag = np.arange(reach)[:, None]
     for k in range(n_clusters - 1, 0, -1):
         start = end - reach + lag
-        value = np.where(start >= 0, gain[end - 1, :, row].T + history[k][np.maximum(start, 0), row], -np.inf)
+        value = gain[end - 1, :, row].T + history[k][start + reach - 1, row]
         end = end - reach + value.argmax(axis=0)
         borders[k] = positions[end, row]
     return borders
 
 
-def _improve(rows, borders, active, windows, band):
+def _improve(prefix, proposals, borders, gain, active, windows, band):
     """Move all borders jointly within one window each, in place where that gains; returns the rows that gained."""
-    chosen = _take_sums(rows, active)
-    old = borders[:, active]
-    new = _window_programme(*chosen, windows, old, band)
-    before, after = _gain(*chosen, old), _gain(*chosen, new)
-    better = after > before * (1 + 1e-13)
-    borders[:, active[better]] = new[:, better]
-    return active[better]
+    new = _window_programme(proposals, active, windows, borders[:, active], band)
+    after = _gain(prefix, active, new)
+    better = after > gain[active] * (1 + 1e-13)
+    gained = active[better]
+    borders[:, gained] = new[:, better]
+    gain[gained] = after[better]
+    return gained
 
 
-def _take_sums(rows, active):
-    if active.size == rows.sums.shape[1]:
-        return rows.sums, rows.masses, _tiny(rows)
-    return rows.sums[:, active], rows.masses[:, active], _tiny(rows)[active]
+def _gain(prefix, active, borders):
+    sums, masses = prefix.at(borders, active)
+    step = np.diff(sums, axis=0)
+    return (step * step / (np.diff(masses, axis=0) + prefix.tiny[active])).sum(axis=0)
 
 
-def _gain(sums, masses, tiny, borders):
-    row = np.arange(borders.shape[1])
-    step = np.diff(sums[borders, row], axis=0)
-    return (step * step / (np.diff(masses[borders, row], axis=0) + tiny)).sum(axis=0)
-
-
-def _window_programme(sums, masses, tiny, windows, borders, band):
+def _window_programme(prefix, active, windows, borders, band):
     """Borders (K + 1, R) with border k + 1 chosen from windows[k] (W, R), maximising the gain of all segments.
 
     Positions of two neighbouring windows are combined when their indices differ by about `band` at most.
     """
     n_inner, width, n_rows = windows.shape
     row = np.arange(n_rows)
-    s, m = sums[windows, row], masses[windows, row]  # (K - 1, W, R)
+    s, m = prefix.at(windows, active)  # (K - 1, W, R)
+    tiny, negative = prefix.tiny[active], _NEGATIVE[s.dtype]
     ends = m + tiny
-    best = [s[0] * s[0] / np.maximum(ends[0], tiny)]
+    best = np.empty_like(s)
+    np.divide(s[0] * s[0], np.maximum(ends[0], tiny), out=best[0])
     step = max(1, _WORK // (width * n_rows))
-    work = np.empty((2, step * width * n_rows))
+    work = np.empty(2 * step * width * n_rows, dtype=s.dtype)
     with np.errstate(over="ignore"):
         for k in range(1, n_inner):
-            best.append(np.empty((width, n_rows)))
             for j in range(0, width, step):
                 to, since = slice(j, min(j + step, width)), slice(max(0, j - band), min(j + step + band, width))
-                shape = (to.stop - to.start, since.stop - since.start, n_rows)
-                gain, mass = work[:, : np.prod(shape)].reshape(2, *shape)
+                shape = (2, to.stop - to.start, since.stop - since.start, n_rows)
+                gain, mass = work[: math.prod(shape)].reshape(shape)
                 np.subtract(s[k, to, None], s[k - 1, since], out=gain)
                 np.subtract(ends[k, to, None], m[k - 1, since], out=mass)
-                np.maximum(mass, _NEGATIVE, out=mass)
+                np.maximum(mass, negative, out=mass)
+                if not prefix.counts:
+                    np.copyto(mass, negative, where=mass == 0)
                 gain *= gain
                 gain /= mass
-                gain += best[k - 1][since]
-                gain.max(axis=1, out=best[k][to])
+                gain += best[k - 1, since]
+                gain.max(axis=1, out=best[k, to])
         chosen = borders.copy()
-        end_sum, end_mass = sums[-1], masses[-1] + tiny
+        end_sum, end_mass = prefix.sums[-1, active], prefix.masses[-1, active] + tiny
         for k in range(n_inner - 1, -1, -1):
             step = end_sum - s[k]
-            pick = (step * step / np.maximum(end_mass - m[k], _NEGATIVE) + best[k]).argmax(axis=0)
+            mass = np.maximum(end_mass - m[k], negative)
+            mass[mass == 0] = negative
+            pick = (step * step / mass + best[k]).argmax(axis=0)
             chosen[k + 1] = windows[k, pick, row]
             end_sum, end_mass = s[k, pick, row], ends[k, pick, row]
     # A reversed segment whose sum is exactly 0 is not excluded above: order the borders, the caller compares gains.
