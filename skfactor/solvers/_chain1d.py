@@ -23,6 +23,8 @@ _ROWS = 2048  # rows of a block solved level by level; more are halved first
 _MIN_STEP = 16
 _AHEAD = 8  # blocks that share their prefix sums
 _CLOSED = 1e-12  # relative gap that counts as closed
+_PATIENCE = 16  # passes after which an open bracket grows faster and faster
+_MAX_PASSES = 64  # ... and after which it is given up
 
 
 class _Chain(NamedTuple):
@@ -58,6 +60,8 @@ def best_chain(data, n_cells, price, known=None, between=None):
             return chain.borders, bound, n_pass
         if known is not None and known - bound <= _CLOSED * known:
             return None, bound, n_pass
+        if more is None and chain.cells < n_cells and n_pass >= _MAX_PASSES:
+            return _divide(data, chain.borders, n_cells), bound, n_pass
         if fewer is not None and more is not None:
             expected = fewer.cost + price * (fewer.cells - n_cells)
             tied = abs(expected - (more.cost + price * (more.cells - n_cells))) <= _CLOSED * abs(expected)
@@ -78,10 +82,11 @@ def _next_price(chain, fewer, more, n_cells, n_pass):
     """Price expected to give ``n_cells`` cells, from a power law through the last chain or from the bracket."""
     power = min(max(chain.price * chain.cells / max(chain.cost, 1e-300), 1.0), 8.0)
     price = chain.price * (chain.cells / n_cells) ** (power + 1)
+    hurry = 0.5 ** max(0, n_pass - _PATIENCE)
     if more is None:
-        return min(price, chain.price * 0.97)
+        return min(price, chain.price * 0.97 * hurry)
     if fewer is None:
-        return max(price, chain.price * 1.03)
+        return max(price, chain.price * 1.03 / hurry)
     # Where both chains cost the same: any chain in between that is cheaper shows up here.
     tie = (fewer.cost - more.cost) / (more.cells - fewer.cells)
     if n_pass < 6 and more.cells - fewer.cells > 4:
@@ -101,6 +106,29 @@ def _splice(fewer, more, n_cells):
     inside = (fewer[i] <= more[i + d]) & (more[i + d + 1] <= fewer[i + 1])
     at = i[inside][0]
     return np.concatenate((more[: at + d + 1], fewer[at + 1 :]))
+
+
+def _divide(data, borders, n_cells):
+    """Cells halved, those of the largest inertia first, until there are ``n_cells`` of them.
+
+    For samples over so many decades that no price is felt by the smallest of them beside the cost of the others.
+    """
+    cells = [(*_best_cut(data, a, b), a, b) for a, b in zip(borders[:-1], borders[1:], strict=True)]
+    while len(cells) < n_cells:
+        gain, cut, a, b = max(cells, key=lambda cell: (cell[0], cell[3] - cell[2]))
+        cells.remove((gain, cut, a, b))
+        cells += [(*_best_cut(data, a, cut), a, cut), (*_best_cut(data, cut, b), cut, b)]
+    return np.array(sorted(cell[2] for cell in cells) + [data.size])
+
+
+def _best_cut(data, a, b):
+    """What cutting the cell a..b saves at best, and where; -inf for a single sample."""
+    if b - a < 2:
+        return -np.inf, a
+    _, s, t = _local_sums(data, a, (a + b) // 2, b)
+    left, right = s[1:-1] ** 2 / t[1:-1], (s[-1] - s[1:-1]) ** 2 / (t[-1] - t[1:-1])
+    gain = left + right - s[-1] ** 2 / t[-1]
+    return float(gain.max()), a + 1 + int(gain.argmax())
 
 
 def _cheapest_chain(data, price):

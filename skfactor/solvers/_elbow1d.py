@@ -10,6 +10,8 @@ from skfactor.solvers._windows1d import compander_borders
 _PER_CELL = 16  # candidate borders per cell of the largest codebook
 _STRIDE = 64  # rows between those that are searched first
 _MIN_CANDIDATES = 4096
+_FEW = 16  # starts per row that are searched without bounds from the rows beside it
+_MANY = 2048  # candidates from which on the gain changes little from one start to the next
 
 
 def elbow_1d(x, k_max, *, weights=None):
@@ -56,14 +58,47 @@ def _layers(s, t, k_max):
     best = np.full(n, -np.inf)
     best[1:] = (s[1:] - s[0]) ** 2 / (t[1:] - t[0])
     split = np.zeros(n, dtype=np.intp)
+    reach = n
     out = [best[-1]]
     for k in range(2, k_max + 1):
-        best, split = _layer(best, split, s, t, k)
+        layer = _layer_nearby if reach <= _FEW and n >= _MANY else _layer
+        new, new_split = layer(best, split, s, t, k, reach)
+        reach = 2 + int((new_split - split)[k:].max(initial=0))
+        best, split = new, new_split
         out.append(best[-1])
     return np.array(out)
 
 
-def _layer(best, split, s, t, k):
+def _layer_nearby(best, split, s, t, k, reach):
+    """As `_layer`, when no start moved far at the layer before: the next few positions of every row, all at once.
+
+    Rows whose best start is the last of them are searched on, up to the start of the next row that is settled.
+    """
+    n = s.size
+    new, new_split = np.full(n, -np.inf), np.full(n, k - 1, dtype=np.intp)
+    rows = np.arange(k, n)
+    i = np.maximum(split[k:], k - 1) + np.arange(reach)[:, None]
+    np.minimum(i, rows - 1, out=i)
+    value = s[k:] - s.take(i)
+    value *= value
+    value /= t[k:] - t.take(i)
+    value += best.take(i)
+    pick = value.argmax(axis=0)
+    new[k:] = value[pick, rows - k]
+    new_split[k:] = i[pick, rows - k]
+    open_end = (pick == reach - 1) & (new_split[k:] < rows - 1)
+    if open_end.any():
+        settled = np.where(open_end, n, new_split[k:])
+        settled = np.minimum.accumulate(settled[::-1])[::-1]
+        far = rows[open_end]
+        low, high = new_split[far], np.minimum(settled[open_end], far - 1)
+        if (high - low).sum() > 4 * n:
+            return _layer(best, split, s, t, k, reach)
+        _search(best, s, t, far, low, high, new, new_split)
+    return new, new_split
+
+
+def _layer(best, split, s, t, k, _):
     """Best partitions into ``k`` cells of the first j grid cells, and where their last cell starts, for every j.
 
     The start never falls as j or k grows, so every 64th row is searched from the start it had with k - 1 cells, and
@@ -88,18 +123,20 @@ def _search(best, s, t, rows, low, high, new, new_split):
     if rows.size == 0:
         return
     width = np.maximum(high - low, 0) + 1
-    ends = np.cumsum(width)
-    begin = ends - width
-    i = np.arange(ends[-1])
-    i -= np.repeat(begin - low, width)
-    value = np.repeat(s[rows], width)
-    value -= s[i]
+    begin = np.cumsum(width) - width
+    row = np.repeat(np.arange(rows.size), width)
+    i = np.arange(row.size)
+    i -= (begin - low).take(row)
+    value = s.take(rows).take(row)
+    value -= s.take(i)
     value *= value
-    weight = np.repeat(t[rows], width)
-    weight -= t[i]
+    weight = t.take(rows).take(row)
+    weight -= t.take(i)
     value /= weight
-    value += best[i]
+    value += best.take(i)
     top = np.maximum.reduceat(value, begin)
-    hits = np.flatnonzero(value == np.repeat(top, width))
     new[rows] = top
-    new_split[rows] = i[hits[np.searchsorted(hits, begin)]]
+    hits = np.flatnonzero(value == top.take(row))
+    first = np.empty(rows.size, dtype=np.intp)
+    first[row.take(hits[::-1])] = hits[::-1]  # of equal ones the leftmost is written last
+    new_split[rows] = i.take(first)

@@ -327,6 +327,17 @@ def test_labels_reproduce_the_inertia(values, k):
     assert np.dot(d, d) == pytest.approx(result.inertia, rel=1e-9, abs=1e-9 * float(np.ptp(x)) ** 2 + 1e-300)
 
 
+def test_values_over_fifty_decades_end():
+    """No price is felt by the smallest of these values beside the cost of the others: the search must give up."""
+    x = np.array([-1e-1, -1e-1, -1e-2, -1e-10, -1e-18, -1e-20, -1e-30, 1e-29, 1e-26, 1e-21, 1e-19, 1e-8, 1e2])
+    for k in range(2, 12):
+        result = kmeans_1d(x, k)
+        assert result.centers.size == k
+        nearest = np.abs(x[:, None] - result.centers).min(axis=1)
+        assert np.dot(nearest, nearest) <= result.inertia + 1e-14 * np.var(x) * x.size
+    assert result.inertia <= 1e-38
+
+
 @pytest.mark.parametrize("name", DATA)
 def test_partition_between_two_optimal_ones(name, monkeypatch):
     monkeypatch.setattr(_windows1d, "_PAIRS", 10**6)
