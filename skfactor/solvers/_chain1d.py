@@ -118,7 +118,7 @@ def _divide(data, borders, n_cells):
         gain, cut, a, b = max(cells, key=lambda cell: (cell[0], cell[3] - cell[2]))
         cells.remove((gain, cut, a, b))
         cells += [(*_best_cut(data, a, cut), a, cut), (*_best_cut(data, cut, b), cut, b)]
-    return np.array(sorted(cell[2] for cell in cells) + [data.size])
+    return np.array([*sorted(cell[2] for cell in cells), data.size])
 
 
 def _best_cut(data, a, b):
