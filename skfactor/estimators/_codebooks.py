@@ -221,9 +221,9 @@ def _solve_vectors(x, w, plan):
     if distinct is not None:
         return _Book(distinct, None, 0.0, 1)
     w = None if w is None else w.mean(axis=1)
-    # The momentum of the solver gets as far at 4 tol as plain Lloyd steps, whose tol this is, much later.
+    # A step with momentum is worth several plain ones of Lloyd, whose tol this is.
     result = kmeans(x, plan.n_clusters, rng=plan.rng, sample_weight=w, n_init=plan.n_init,
-                    max_iter=max(1, plan.max_iter), tol=4 * plan.tol)
+                    max_iter=max(1, plan.max_iter), tol=20 * plan.tol)
     return _Book(result.centers, None, 0.0, result.n_iter, result.inertia if w is None else None, result.labels)
 
 

@@ -73,8 +73,8 @@ class KMeansWeightSharer(CodebookCompressor):
         Most iterations of Lloyd's algorithm, of the entropy-constrained one, and of the vector one. With
         `max_iter=0` the Deep Compression starts are used as they are.
     tol : float, default=1e-4
-        Relative decrease of the objective below which these iterations stop (four times this for sub-vectors, whose
-        iterations have momentum).
+        Relative decrease of the objective below which these iterations stop (twenty times this for sub-vectors,
+        whose iterations have momentum: about one percent of inertia above where they would end).
     n_init : int, default=1
         Number of random starts, of which the best is kept ("k-means++" and "random").
     certify : bool, default=False
