@@ -20,7 +20,7 @@ from threadpoolctl import ThreadpoolController
 # Numbers in one block of scores: a second thread starts late, and has nothing to do where products are smaller.
 _SCORES = 262144
 # Multiply-adds below which a second thread costs more than it saves.
-_WORK_PER_THREAD = 2_000_000
+_WORK_PER_THREAD = 200_000_000
 # Centres with which a row is compared after the first pass of a subset; argmax is fastest on multiples of 64.
 _N_NEAR = 64
 # Up to this many times as many centres, comparing with all of them is as fast.
@@ -34,9 +34,11 @@ _OVER_RELAXATION, _MOMENTUM = 0.5, 0.85
 _FIRST = 16384
 _TRIAL_TOL, _SUBSET_TOL = 1e-2, 2e-3
 # Columns from which the iterations start in a sketch of the rows, and the columns of the sketch.
-_LONG_ROW, _SKETCH = 1024, 256
+_LONG_ROW, _SKETCH = 1024, 128
 # Multiply-adds of k-means++ above which centres are drawn in batches.
 _GREEDY_WORK = 30_000_000
+# Rows up to which k-means++ may take all mutual distances at once.
+_FEW_ROWS = 2048
 
 
 class KMeansResult(NamedTuple):
@@ -251,7 +253,7 @@ def _check(X, n_clusters, sample_weight):
     X = _as_float(X)
     if X.ndim != 2 or X.size == 0:
         raise ValueError(f"X must be a matrix with at least one row and one column, got shape {X.shape}")
-    if not (np.isfinite(X.max()) and np.isfinite(X.min())):
+    if not np.isfinite(_bound(X)):
         raise ValueError("X must be finite, got NaN or infinity")
     if n_clusters < 1:
         raise ValueError(f"n_clusters must be at least 1, got {n_clusters}")
@@ -263,6 +265,14 @@ def _check(X, n_clusters, sample_weight):
     if not np.isfinite(weights).all() or weights.min() < 0 or weights.max() == 0:
         raise ValueError("sample_weight must be finite, not negative, and not zero everywhere")
     return X, weights
+
+
+def _bound(X):
+    """Largest magnitude; NaN where there is one. By blocks that stay in the cache between the two passes."""
+    flat = X.ravel() if X.flags.c_contiguous else X
+    step = _SCORES if flat.ndim == 1 else max(1, _SCORES // X.shape[1])
+    blocks = (flat[i : i + step] for i in range(0, len(flat), step))
+    return float(np.max([(block.max(), -block.min()) for block in blocks]))
 
 
 def _as_float(X):
@@ -299,7 +309,7 @@ def _space(X, shift=None):
         shift = np.full(len(X), 1 / len(X), dtype=X.dtype) @ X
     shift = shift.astype(X.dtype)
     # A bound on |X - shift| without a copy of X; ldexp(..., -exponent) brings it below 1.
-    bound = max(float(X.max()), -float(X.min())) + float(np.abs(shift).max())
+    bound = _bound(X) + float(np.abs(shift).max())
     scale = np.ldexp(1.0, min(-int(np.frexp(bound)[1]), np.finfo(X.dtype).maxexp - 8))
     rows = np.empty((X.shape[0], X.shape[1] + 1), dtype=X.dtype)
     step = max(1, _SCORES // rows.shape[1])
@@ -584,17 +594,24 @@ def _plus_plus(points, n_clusters, rng, power):
     nearest = np.full(n, np.inf, dtype=norms.dtype)
     chosen = np.empty(0, dtype=np.intp)
     potential = np.cumsum(weights)
+
+    def squared(picks):  # distances of the rows from those picked, (len(picks), n)
+        columns = _augment(points.rows[picks, :-1], norms.dtype)
+        distances = norms - 2 * (columns.T @ points.rows.T)
+        distances[distances <= rounding * (norms - 2 * columns[-1, :, None])] = 0
+        return distances
+
+    if n <= min(2 * n_clusters * n_draws, _FEW_ROWS):
+        squared = squared(np.arange(n)).__getitem__  # hardly more than one by one, in one product
     while len(chosen) < n_clusters and potential[-1] > 0:
         size = min(batch, max(1, len(chosen) // 8), n_clusters - len(chosen))
         draws = max(2, n_draws // size)
         picks = np.searchsorted(potential, rng.random(draws * size) * potential[-1], side="right")
         picks = np.minimum(picks, n - 1)
-        columns = _augment(points.rows[picks, :-1], norms.dtype)
-        distances = norms - 2 * (columns.T @ points.rows.T)  # (draws * size, n)
-        distances[distances <= rounding * (norms - 2 * columns[-1, :, None])] = 0
-        candidates = np.minimum(nearest, distances.reshape(draws, size, n).min(axis=1))
+        distances = squared(picks).reshape(draws, size, n)
+        candidates = np.minimum(nearest, distances[:, 0] if size == 1 else distances.min(axis=1))
         best = (candidates @ weights).argmin()
         nearest = candidates[best]
         chosen = np.concatenate([chosen, picks.reshape(draws, size)[best]])
-        potential = np.cumsum(nearest**power * weights)
+        potential = np.cumsum((nearest if power == 1 else nearest**power) * weights)
     return points.rows[chosen, :-1].astype(np.float64)
