@@ -439,7 +439,7 @@ def main(argv=None):
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--scale", default="cpu", choices=list(SCALES))
     parser.add_argument("--baseline", type=Path, help="trained network (.safetensors), instead of the one of the data")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), 
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()),
                         help="folder for compressed networks and checkpoints, from which a later run goes on")
     parser.add_argument("--docs", type=Path, help="Markdown file that gets the table")
     parser.add_argument("--threads", type=int, default=1)

@@ -18,7 +18,7 @@ DISTANCES = ("chordal", "geodesic", "largest")
 _BLOCK_ELEMENTS = 1 << 22
 _ROWS = 32  # of pairs that are computed together
 _MAX_JACOBI = 6  # rank up to which rotations beat LAPACK
-_LANES = 8192  # matrices that are rotated together: they stay in the cache
+_LANES = 16384  # matrices that are rotated together: more than that no longer fit the cache
 _MAX_SWEEPS = 20
 
 
@@ -74,7 +74,7 @@ def subspace_angles(bases):
 
 
 def _eigenvalues(A):
-    """Eigenvalues, rising, of symmetric matrices A (R, R, p): (R, p). Small ones by Jacobi's rotations, all p at once."""
+    """Eigenvalues, rising, of symmetric matrices A (R, R, p): (R, p). Small ones by Jacobi rotations, all at once."""
     rank, _, p = A.shape
     if rank > _MAX_JACOBI:
         return np.linalg.eigvalsh(A.transpose(2, 0, 1)).T
@@ -87,19 +87,19 @@ def _eigenvalues(A):
 def _jacobi(A):
     """Diagonals, sorted, of symmetric matrices A (R, R, p) after as many sweeps of rotations as it takes."""
     rank = len(A)
-    a = {(i, j): A[i, j] for i in range(rank) for j in range(i, rank)}
-    tiny = np.finfo(A.dtype).tiny
+    a = {(i, j): A[i, j].copy() for i in range(rank) for j in range(i, rank)}
+    scratch = np.empty((4, A.shape[2]))
     for _ in range(_MAX_SWEEPS):
         for p, q in combinations(range(rank), 2):
-            d, twice = a[q, q] - a[p, p], 2 * a[p, q]
-            t = twice / (d + np.copysign(np.sqrt(d * d + twice * twice) + tiny, d))
-            moved = t * a[p, q]
-            a[p, p], a[q, q], a[p, q] = a[p, p] - moved, a[q, q] + moved, np.zeros_like(d)
-            cos = 1 / np.sqrt(1 + t * t)
-            sin = t * cos
+            cos, sin = _rotate(a[p, p], a[q, q], a[p, q], *scratch)
             for k in set(range(rank)) - {p, q}:
-                at_p, at_q = (min(k, p), max(k, p)), (min(k, q), max(k, q))
-                a[at_p], a[at_q] = cos * a[at_p] - sin * a[at_q], sin * a[at_p] + cos * a[at_q]
+                x, y = a[min(k, p), max(k, p)], a[min(k, q), max(k, q)]
+                np.multiply(sin, x, out=scratch[0])
+                np.multiply(sin, y, out=scratch[3])
+                x *= cos
+                x -= scratch[3]
+                y *= cos
+                y += scratch[0]
         if rank < 3 or max(np.abs(a[i, j]).max() for i, j in combinations(range(rank), 2)) < np.finfo(A.dtype).eps:
             break
     values = [a[i, i] for i in range(rank)]
@@ -107,6 +107,30 @@ def _jacobi(A):
         for i in range(end):
             values[i], values[i + 1] = np.minimum(values[i], values[i + 1]), np.maximum(values[i], values[i + 1])
     return values
+
+
+def _rotate(app, aqq, apq, d, t, h, u):
+    """Make the entries apq zero, in place: cosines and sines of the rotations. Without new arrays: they cost most."""
+    np.subtract(aqq, app, out=d)
+    np.add(apq, apq, out=t)
+    np.multiply(d, d, out=h)
+    np.multiply(t, t, out=u)
+    h += u
+    np.sqrt(h, out=h)
+    h += np.finfo(h.dtype).tiny
+    np.copysign(h, d, out=h)
+    h += d
+    t /= h  # the tangent of the smaller angle
+    np.multiply(t, apq, out=u)
+    app -= u
+    aqq += u
+    apq.fill(0.0)
+    np.multiply(t, t, out=h)
+    h += 1.0
+    np.sqrt(h, out=h)
+    np.divide(1.0, h, out=h)
+    t *= h
+    return h, t
 
 
 def _products(bases):
@@ -147,8 +171,8 @@ def subspace_distances(bases, kind="chordal"):
         distances = np.sqrt(np.maximum(1.0 - np.divide(shared, both, out=np.zeros_like(shared), where=both > 0), 0.0))
     else:
         angles = subspace_angles(bases)
-        largest = angles[..., 0] / (np.pi / 2)
-        distances = largest if kind == "largest" else np.sqrt((angles**2).mean(axis=-1)) / (np.pi / 2)
+        mean = np.einsum("ijr,ijr->ij", angles, angles) / rank
+        distances = (angles[..., 0] if kind == "largest" else np.sqrt(mean)) / (np.pi / 2)
     upper = np.triu(distances, 1)
     return upper + upper.T
 
