@@ -3,7 +3,7 @@
 
 A row is a rank and the share of filters removed from each layer, recomputed from the published scripts. `--method
 authors` decomposes and selects as the published code does (`norton_authors.py`); `--method ours` prunes by least
-squares and decomposes layer after layer, both from 512 unlabelled training images. Then both are fine-tuned alike.
+squares and decomposes layer after layer, both from 256 unlabelled training images. Then both are fine-tuned alike.
 Test images are used for the accuracies of the table, once, and choose nothing: the last state of the training counts.
 
     python norton_cifar10.py --rows r56-37 r56-73             # ResNet-56 from its real weights, minutes on a CPU
@@ -45,7 +45,7 @@ from skfactor.bridge.latency import latencies, quiet_clock
 VGG, R56, D40 = "cifar10_vgg16", "cifar10_resnet56", "cifar10_densenet40"
 #: Published accuracy of the networks before compression.
 PUBLISHED_BASELINES = {VGG: 93.96, R56: 93.26, D40: 94.81}
-N_CALIBRATION = 512
+N_CALIBRATION = 256
 _KNOWN = {}
 BEGIN, END = "<!-- norton: begin -->", "<!-- norton: end -->"
 
@@ -166,14 +166,16 @@ def by_us(model, row, folder, seed):
     """Pruned by least squares, then decomposed layer after layer, from unlabelled training images.
 
     A ResNet loses channels inside its blocks only, so many per stage as fill the row's MACs and parameters best. A rank
-    of 7 or more saves next to nothing beside the pruning, so such rows are not decomposed.
+    of 7 or more saves next to nothing beside the pruning, so such rows are not decomposed, and the layers behind the
+    removed channels are refitted at once.
     """
     images = calibration_images(folder, row.network, N_CALIBRATION, seed)[0]
     is_resnet = row.network.startswith("cifar10_resnet")
     pruned_only = bool(row.removed) and row.rank >= 7 and is_resnet
     if row.removed:
         amounts = inner_channels(row) if is_resnet else published_amounts(row)
-        model = skfactor.prune_filters(model, amounts, calibration=images, progress=False).model
+        model = skfactor.prune_filters(model, amounts, calibration=images, sequential=not pruned_only,
+                                       progress=False).model
     if pruned_only:
         return model
     rules = {name: skfactor.CPDFilterPruner(rank=row.rank) for name, _ in norton_authors.convolutions(model)}
