@@ -3,7 +3,7 @@
 
 A row is a rank and the share of filters removed from each layer, recomputed from the published scripts. `--method
 authors` decomposes and selects as the published code does (`norton_authors.py`); `--method ours` prunes by least
-squares and decomposes layer after layer, both from 256 unlabelled training images. Then both are fine-tuned alike.
+squares and decomposes layer after layer, both from 512 unlabelled training images. Then both are fine-tuned alike.
 Test images are used for the accuracies of the table, once, and choose nothing: the last state of the training counts.
 
     python norton_cifar10.py --rows r56-37 r56-73             # ResNet-56 from its real weights, minutes on a CPU
@@ -45,7 +45,7 @@ from skfactor.bridge.latency import latencies, quiet_clock
 VGG, R56, D40 = "cifar10_vgg16", "cifar10_resnet56", "cifar10_densenet40"
 #: Published accuracy of the networks before compression.
 PUBLISHED_BASELINES = {VGG: 93.96, R56: 93.26, D40: 94.81}
-N_CALIBRATION = 256
+N_CALIBRATION, MAX_VECTORS = 512, 65536
 _KNOWN = {}
 BEGIN, END = "<!-- norton: begin -->", "<!-- norton: end -->"
 
@@ -97,7 +97,7 @@ class Scale:
 #: Rates were set beforehand: the published one for the published recipe, less where nothing has time to decay.
 SCALES = {"none": Scale(128, 0.0),                                          # compressed only
           "tiny": Scale(8, 0.01, chunks=1, batches=2),
-          "minutes": Scale(128, 0.02, chunks=2, batches=42, warmup=0.2),    # half of the lossless images, once
+          "minutes": Scale(128, 0.02, chunks=2, batches=21, warmup=0.2),    # a quarter of the lossless images
           "cpu": Scale(128, 0.02, chunks=8, batches=168, warmup=0.5),       # 8 times the lossless images
           "gpu": Scale(256, 0.05, epochs=400, warmup=5)}
 
@@ -174,12 +174,12 @@ def by_us(model, row, folder, seed):
     pruned_only = bool(row.removed) and row.rank >= 7 and is_resnet
     if row.removed:
         amounts = inner_channels(row) if is_resnet else published_amounts(row)
-        model = skfactor.prune_filters(model, amounts, calibration=images, sequential=not pruned_only,
-                                       progress=False).model
+        model = skfactor.prune_filters(model, amounts, sequential=not pruned_only, progress=False,
+                                       calibration=skfactor.Calibration(images, max_vectors=MAX_VECTORS)).model
     if pruned_only:
         return model
     rules = {name: skfactor.CPDFilterPruner(rank=row.rank) for name, _ in norton_authors.convolutions(model)}
-    calibration = skfactor.Calibration(images, sequential=True)
+    calibration = skfactor.Calibration(images, sequential=True, max_vectors=MAX_VECTORS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return skfactor.compress(model, rules | {"*": None}, calibration=calibration, mode="factorized",
