@@ -110,7 +110,7 @@ def test_pruned_equals_masked(name, data):
     assert n == pruned.parameters_after < pruned.parameters_before
 
 
-@pytest.mark.parametrize("name", ["ResNet-8", "ResNet-8 lambda", "SE", "MobileNetV2", "Conv1d", "Conv3d"])
+@pytest.mark.parametrize("name", ZOO)
 def test_a_plan_is_replayed_on_a_fresh_network(name, tmp_path):
     model, x = build(name)
     group = skfactor.filter_groups(model, x)[0]

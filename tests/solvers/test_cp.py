@@ -1,6 +1,8 @@
 """CP solver: planted tensors, the bound of the SVD, the textbook algorithm, and the metric of the output."""
 # SPDX-License-Identifier: BSD-3-Clause
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,34 @@ def test_error_is_that_of_the_factors_and_no_less_than_the_bound():
         assert (cp.rel_error >= bound - 1e-7).all()
         for F in cp.spatial:
             np.testing.assert_allclose(np.linalg.norm(F, axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rank", [1, 3, 6, 8])
+def test_filters_of_less_rank_than_terms_and_of_none(rank, dtype):
+    """Surplus terms may grow without end: no warning, no infinite number, and no more error than without them."""
+    rng = np.random.default_rng(0)
+    images = np.zeros((3, 4, 3, 3))
+    images[0, 0] = np.eye(3)
+    images[1, 0, 0, 1] = images[1, 0, 1, 0] = 1
+    X = np.concatenate([planted(rng, 5, (4, 3, 3), 1), images.reshape(3, 36), np.ones((1, 36))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cp = cp_filters(X, (4, 3, 3), rank, dtype=dtype)
+    assert all(np.isfinite(F).all() for F in (cp.pointwise, *cp.spatial))
+    E = X - cp_matrix(cp.pointwise, cp.spatial)
+    norms = np.linalg.norm(X, axis=1)
+    np.testing.assert_allclose(np.linalg.norm(E, axis=1), cp.rel_error * norms, atol=1e-6)
+    exact = np.array([1, 1, 1, 1, 1, 3, 2, 0, 1]) <= rank  # ranks of the filters; the third image is zero
+    assert (cp.rel_error[exact] < 1e-3).all()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 5])
+def test_filters_of_one_channel_are_truncated_singular_value_decompositions(rank):
+    X = np.random.default_rng(0).standard_normal((40, 9))
+    singular = np.linalg.svd(X.reshape(-1, 3, 3), compute_uv=False)
+    best = np.sqrt((singular[:, rank:] ** 2).sum(axis=1)) / np.linalg.norm(X, axis=1)
+    np.testing.assert_allclose(cp_filters(X, (1, 3, 3), rank).rel_error, best, atol=2e-3)
 
 
 def test_no_worse_than_a_random_start_of_the_textbook_method():
