@@ -73,6 +73,24 @@ def test_filters_of_less_rank_than_terms_and_of_none(rank, dtype):
     assert (cp.rel_error[exact] < 1e-3).all()
 
 
+def test_sweeps_are_those_of_the_textbook_from_the_same_start():
+    """Least squares for A, B and C by turns, filter by filter, from the leading terms of the leading images."""
+    X, rank, errors = np.random.default_rng(0).standard_normal((5, 7, 3, 4)), 3, []
+    for W in X:
+        images = np.linalg.svd(W.reshape(7, 12))[2][:rank].reshape(rank, 3, 4)
+        u, _, vt = np.linalg.svd(images)
+        B, C = u[:, :, 0].T, vt[:, 0].T
+        for sweep in range(8):
+            A = np.linalg.lstsq((B[:, None] * C).reshape(-1, rank), W.reshape(7, -1).T, rcond=None)[0].T
+            E = W - np.einsum("ar,br,cr->abc", A, B, C)
+            if sweep < 7:
+                B = np.linalg.lstsq((A[:, None] * C).reshape(-1, rank), W.transpose(0, 2, 1).reshape(-1, 3))[0].T
+                C = np.linalg.lstsq((A[:, None] * B).reshape(-1, rank), W.reshape(-1, 4))[0].T
+        errors.append(np.linalg.norm(E) / np.linalg.norm(W))
+    found = cp_filters(X.reshape(5, -1), (7, 3, 4), rank, tol=0.0, max_iter=8, dtype=np.float64)
+    np.testing.assert_allclose(found.rel_error, errors, rtol=1e-6)
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3, 5])
 def test_filters_of_one_channel_are_truncated_singular_value_decompositions(rank):
     X = np.random.default_rng(0).standard_normal((40, 9))
@@ -123,6 +141,7 @@ def test_refit_lowers_the_output_error_and_ends_where_no_factor_can_be_better():
     errors = [output_errors(X, cp.pointwise, cp.spatial, G)] + [f.errors for f in fits]
     for worse, better in zip(errors, errors[1:]):
         assert (better <= worse * (1 + 1e-9)).all()
+    assert refit_cp(X, cp.pointwise, cp.spatial, G[None], damping=0.0).errors.sum() < errors[3].sum()
     # the pointwise factor against plain least squares in the metric, from a root of G
     R = np.linalg.cholesky(G)
     K = _khatri_rao_rows(cp.spatial)
