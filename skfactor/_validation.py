@@ -2,11 +2,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 
 import difflib
+import math
+from numbers import Integral
 
 import numpy as np
 from sklearn.utils.validation import check_array, validate_data
 
-__all__ = ["check_gram", "check_importance", "check_matrix", "check_row_weights", "did_you_mean"]
+__all__ = ["check_gram", "check_importance", "check_kernel_shape", "check_matrix", "check_row_weights", "did_you_mean"]
 
 
 def did_you_mean(name, allowed):
@@ -126,3 +128,14 @@ def check_gram(input_gram, X):
     if (diagonal < 0).any() or not np.allclose(gram, gram.transpose(0, 2, 1), rtol=1e-4, atol=1e-6 * diagonal.max()):
         raise ValueError("input_gram must be a second moment: symmetric with a non-negative diagonal")
     return gram
+
+
+def check_kernel_shape(kernel_shape, n_columns):
+    """Tuple of ints (c_in, *spatial) whose product is the number of columns."""
+    if kernel_shape is None:
+        return (n_columns,)
+    shape = tuple(kernel_shape)
+    if not shape or not all(isinstance(s, Integral) and s >= 1 for s in shape) or math.prod(shape) != n_columns:
+        raise ValueError(f"kernel_shape must be (c_in, *spatial), integers with the product {n_columns} of the columns "
+                         f"of X, got {kernel_shape!r}")
+    return tuple(int(s) for s in shape)

@@ -116,12 +116,14 @@ class ResNet18(nn.Module):
 
 
 class ResNeXt(nn.Module):
-    def __init__(self):
+    """Blocks are (c_in, width of the grouped convolution, c_out, stride, groups)."""
+
+    def __init__(self, blocks=((16, 16, 32, 1, 4), (32, 16, 32, 1, 4), (32, 32, 64, 2, 8))):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.blocks = nn.Sequential(ProjectedBlock(16, 16, 32, 1, 4), ProjectedBlock(32, 16, 32, 1, 4),
-                                    ProjectedBlock(32, 32, 64, 2, 8))
-        self.linear = nn.Linear(64, 10)
+        first, last = blocks[0][0], blocks[-1][2]
+        self.conv1, self.bn1 = nn.Conv2d(3, first, 3, 1, 1, bias=False), nn.BatchNorm2d(first)
+        self.blocks = nn.Sequential(*(ProjectedBlock(*block) for block in blocks))
+        self.linear = nn.Linear(last, 10)
 
     def forward(self, x):
         return self.linear(self.blocks(F.relu(self.bn1(self.conv1(x)))).mean((2, 3)))
@@ -144,11 +146,13 @@ class PreActivation(nn.Module):
 
 
 class WideResNet(nn.Module):
-    def __init__(self):
+    """Blocks are (c_in, c_out, stride)."""
+
+    def __init__(self, blocks=((8, 16, 1), (16, 16, 1), (16, 32, 2))):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
-        self.blocks = nn.Sequential(PreActivation(8, 16, 1), PreActivation(16, 16, 1), PreActivation(16, 32, 2))
-        self.bn, self.linear = nn.BatchNorm2d(32), nn.Linear(32, 10)
+        self.conv1 = nn.Conv2d(3, blocks[0][0], 3, 1, 1, bias=False)
+        self.blocks = nn.Sequential(*(PreActivation(*block) for block in blocks))
+        self.bn, self.linear = nn.BatchNorm2d(blocks[-1][1]), nn.Linear(blocks[-1][1], 10)
 
     def forward(self, x):
         x = F.adaptive_avg_pool2d(F.relu(self.bn(self.blocks(self.conv1(x)))), 1)
@@ -185,10 +189,12 @@ class DenseNet(nn.Module):
 
 
 class MobileNetV1(nn.Module):
-    def __init__(self):
+    """Separable convolutions of (channels, stride)."""
+
+    def __init__(self, c=8, stages=((16, 1), (24, 2), (24, 1), (32, 2))):
         super().__init__()
-        layers, c = [nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()], 8
-        for n, stride in ((16, 1), (24, 2), (24, 1), (32, 2)):
+        layers = [nn.Conv2d(3, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
+        for n, stride in stages:
             layers += [nn.Conv2d(c, c, 3, stride, 1, groups=c, bias=False), nn.BatchNorm2d(c), nn.ReLU(),
                        nn.Conv2d(c, n, 1, bias=False), nn.BatchNorm2d(n), nn.ReLU()]
             c = n
@@ -214,12 +220,16 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    def __init__(self):
+    """Inverted residuals of (expansion, channels, stride)."""
+
+    def __init__(self, c=8, stages=((3, 8, 1), (3, 12, 2), (3, 12, 1)), last=40):
         super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(), InvertedResidual(8, 8, 3, 1),
-            InvertedResidual(8, 12, 3, 2), InvertedResidual(12, 12, 3, 1), nn.Conv2d(12, 40, 1), nn.Hardswish())
-        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(40, 10))
+        layers = [nn.Conv2d(3, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU6()]
+        for expansion, n, stride in stages:
+            layers.append(InvertedResidual(c, n, expansion, stride))
+            c = n
+        self.features = nn.Sequential(*layers, nn.Conv2d(c, last, 1), nn.Hardswish())
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(last, 10))
 
     def forward(self, x):
         return self.classifier(F.adaptive_avg_pool2d(self.features(x), (1, 1)).reshape(x.shape[0], -1))
@@ -237,11 +247,16 @@ class Fire(nn.Module):
 
 
 class SqueezeNet(nn.Module):
-    def __init__(self):
+    """Fire modules of (squeezed, expanded) channels; 0 is a pooling."""
+
+    def __init__(self, c=12, fires=((4, 8), (4, 8), 0, (6, 12))):
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True),
-                                      Fire(12, 4, 8), Fire(16, 4, 8), nn.MaxPool2d(3, 2), Fire(16, 6, 12))
-        self.classifier = nn.Sequential(nn.Dropout(), nn.Conv2d(24, 10, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        layers = [nn.Conv2d(3, c, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)]
+        for fire in fires:
+            layers.append(Fire(c, *fire) if fire else nn.MaxPool2d(3, 2))
+            c = 2 * fire[1] if fire else c
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(nn.Dropout(), nn.Conv2d(c, 10, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
 
     def forward(self, x):
         return torch.flatten(self.classifier(self.features(x)), 1)
@@ -250,13 +265,13 @@ class SqueezeNet(nn.Module):
 class UNet(nn.Module):
     """Encoder and decoder with transposed convolutions and skip connections."""
 
-    def __init__(self):
+    def __init__(self, w=4):
         super().__init__()
-        self.down1, self.down2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
-        self.middle = nn.Conv2d(16, 16, 3, padding=1)
-        self.up1, self.fuse1 = nn.ConvTranspose2d(16, 12, 2, 2), nn.Conv2d(28, 12, 3, padding=1)
-        self.up2, self.fuse2 = nn.ConvTranspose2d(12, 8, 2, 2, bias=False), nn.Conv2d(16, 8, 3, padding=1)
-        self.norm, self.head = nn.BatchNorm2d(12), nn.Conv2d(8, 2, 1)
+        self.down1, self.down2 = nn.Conv2d(3, 2 * w, 3, padding=1), nn.Conv2d(2 * w, 4 * w, 3, padding=1)
+        self.middle = nn.Conv2d(4 * w, 4 * w, 3, padding=1)
+        self.up1, self.fuse1 = nn.ConvTranspose2d(4 * w, 3 * w, 2, 2), nn.Conv2d(7 * w, 3 * w, 3, padding=1)
+        self.up2, self.fuse2 = nn.ConvTranspose2d(3 * w, 2 * w, 2, 2, bias=False), nn.Conv2d(4 * w, 2 * w, 3, padding=1)
+        self.norm, self.head = nn.BatchNorm2d(3 * w), nn.Conv2d(2 * w, 2, 1)
 
     def forward(self, x):
         a = F.relu(self.down1(x))
@@ -329,6 +344,23 @@ ZOO = {
     "SE": (SqueezeExcite, (3, 12, 12)),
     "Conv1d": (Conv1dNet, (2, 31)),
     "Conv3d": (Conv3dNet, (1, 4, 6, 6)),
+}
+
+_V1 = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), *[(512, 1)] * 6, *[(1024, 1)] * 2)
+_V2 = ((1, 16, 1), *[(6, 24, 1)] * 2, (6, 32, 2), *[(6, 32, 1)] * 2, (6, 64, 2), *[(6, 64, 1)] * 3, *[(6, 96, 1)] * 3,
+       (6, 160, 2), *[(6, 160, 1)] * 2, (6, 320, 1))
+_FIRES = ((16, 64), (16, 64), 0, (32, 128), (32, 128), 0, (48, 192), (48, 192), (64, 256), (64, 256))
+_NEXT = ((64, 128, 256, 1, 8), *[(256, 128, 256, 1, 8)] * 2, (256, 256, 512, 2, 8), *[(512, 256, 512, 1, 8)] * 2,
+         (512, 512, 1024, 2, 8), *[(1024, 512, 1024, 1, 8)] * 2)
+_WIDE = ((16, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1))
+
+#: Networks of their full width and depth, for images of 32 x 32.
+FULL = {
+    "VGG-16-BN": lambda: VGG(1), "ResNet-20": lambda: ResNet(3), "ResNet-56": lambda: ResNet(9),
+    "ResNet-18": lambda: ResNet18(64), "ResNeXt-29": lambda: ResNeXt(_NEXT), "WRN-16-4": lambda: WideResNet(_WIDE),
+    "DenseNet-40": lambda: DenseNet(12, 12), "MobileNetV1": lambda: MobileNetV1(32, _V1),
+    "MobileNetV2": lambda: MobileNetV2(32, _V2, 1280), "SqueezeNet": lambda: SqueezeNet(64, _FIRES),
+    "U-Net": lambda: UNet(32),
 }
 
 

@@ -87,9 +87,8 @@ def prune_filters(model: nn.Module, amount: float | Mapping[str, float], *, crit
         With calibration: refit the weights of the layers that read what was removed.
     sequential : bool, default=True
         Refit layer after layer, each for the inputs that the smaller network before it really gives, so that errors
-        are made up for instead of adding up. Layers behind those that read removed filters are refit too. One pass
-        over all inputs at once where the layers' inputs fit into 2 GB, else two passes for every layer. False: every
-        layer for inputs of the original network.
+        are made up for instead of adding up. Layers behind those that read removed filters are refit too. Two
+        passes over all inputs for every layer. False: every layer for inputs of the original network, in one pass.
     damping : float, default=0.003
         Ridge of the refit, as a share of the mean of the second moment's diagonal.
     rank : int, default=4

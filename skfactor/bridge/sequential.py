@@ -24,7 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from skfactor.bridge.batchnorm import normalisation_after
-from skfactor.bridge.calibrate import InputVectors, Moments, evaluation, hooked, kind_of_inputs, thinned
+from skfactor.bridge.calibrate import Moments, evaluation, hooked, kind_of_inputs, thinned
 from skfactor.bridge.fitting import Fitted, Job, fit_jobs, relative_error, squared_norm
 from skfactor.bridge.layers import LayerSpec, Network, entries_of_module
 from skfactor.bridge.rules import Plan
@@ -33,7 +33,7 @@ from skfactor.codec.dtypes import from_float, to_float
 from skfactor.codec.tensor import Layout
 
 __all__ = ["JointMoments", "Runs", "add_shift", "apply_to_means", "best_target", "bias_carrier", "calls_of_layers",
-           "covariance", "fit_in_order", "joint_moments", "moments_of_calls"]
+           "covariance", "fit_in_order", "joint_moments"]
 
 _Owners = list[tuple[nn.Module, LayerSpec]]
 
@@ -164,16 +164,10 @@ def joint_moments(compressed: Runs, original: Runs, batches: Iterable[tuple[tupl
                   max_vectors: int | None) -> JointMoments:
     """Moments over batches, each run through both networks as far as the layers."""
     calls = (pair for batch in batches for pair in zip(original.calls(batch), compressed.calls(batch), strict=True))
-    return moments_of_calls(calls, original.vectors, compressed.vectors, max_vectors)
-
-
-def moments_of_calls(calls: Iterable[tuple[tuple, tuple]], vectors: InputVectors, vectors_hat: InputVectors,
-                     max_vectors: int | None) -> JointMoments:
-    """Moments of the inputs of pairs of calls (module, args, kwargs, parameter) of the original and another layer."""
     sums: list[torch.Tensor] = []
     count = 0
     for call, call_hat in calls:
-        for u, v in _aligned(vectors(*call), vectors_hat(*call_hat)):
+        for u, v in _aligned(original.vectors(*call), compressed.vectors(*call_hat)):
             u, v = thinned((u, v), max_vectors, seed=count)
             u, v = (x if x.dtype == torch.float64 else x.float() for x in (u, v))
             new = [u.sum(1), v.sum(1), v.transpose(1, 2) @ v, u.transpose(1, 2) @ v]

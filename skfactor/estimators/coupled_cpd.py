@@ -11,11 +11,10 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from skfactor._sklearn import Interval, RealNotInt, fit_context
-from skfactor._validation import check_gram, check_matrix
+from skfactor._validation import check_gram, check_kernel_shape, check_matrix
 from skfactor.codec.coupled_cp import CoupledCPDecoder
 from skfactor.estimators._linear import rank_within
 from skfactor.estimators.base import BaseCompressor
-from skfactor.estimators.separable import _checked_kernel_shape
 from skfactor.solvers.coupled_cp import coupled_cp, encode_coupled, most_terms, refit_coupled
 from skfactor.solvers.feedback import output_error
 
@@ -135,7 +134,7 @@ class CoupledCPDFactorizer(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
         """
         X = check_matrix(self, X, reset=True)
         gram = None if input_gram is None else check_gram(input_gram, X)
-        shape = _checked_kernel_shape(self.kernel_shape, X.shape[1])
+        shape = check_kernel_shape(self.kernel_shape, X.shape[1])
         spatial = shape[1:] or (1,)
         n_clusters = min(self.n_clusters, len(X))
         rank = rank_within(self.rank, X.size, n_clusters * shape[0] + len(X) * sum(spatial), most_terms(shape))

@@ -10,11 +10,10 @@ from sklearn.base import ClassNamePrefixFeaturesOutMixin
 from sklearn.utils.validation import check_is_fitted, check_random_state
 
 from skfactor._sklearn import Interval, RealNotInt, StrOptions, fit_context
-from skfactor._validation import check_gram, check_matrix
+from skfactor._validation import check_gram, check_kernel_shape, check_matrix
 from skfactor.codec.cp import CPDecoder
 from skfactor.estimators._linear import rank_within
 from skfactor.estimators.base import BaseCompressor
-from skfactor.estimators.separable import _checked_kernel_shape
 from skfactor.solvers.cp import cp_filters
 from skfactor.solvers.cp_output import refit_cp
 from skfactor.solvers.feedback import output_error
@@ -172,7 +171,7 @@ class CPDFilterPruner(ClassNamePrefixFeaturesOutMixin, BaseCompressor):
         """
         X = check_matrix(self, X, reset=True)
         gram = None if input_gram is None else check_gram(input_gram, X)
-        shape = _checked_kernel_shape(self.kernel_shape, X.shape[1])
+        shape = check_kernel_shape(self.kernel_shape, X.shape[1])
         weights = self._checked_weights(len(shape))
         n_kept = self._n_kept(len(X))
 

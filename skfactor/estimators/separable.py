@@ -8,6 +8,7 @@ from numbers import Integral
 import numpy as np
 
 from skfactor._sklearn import Interval, RealNotInt, StrOptions
+from skfactor._validation import check_kernel_shape
 from skfactor.codec.separable import DepthwiseSeparableDecoder, SpatialSeparableDecoder
 from skfactor.estimators._linear import Factors, LinearFactorizer, factor_errors, rank_within
 from skfactor.solvers.separable import (
@@ -94,7 +95,7 @@ class SeparableFactorizer(LinearFactorizer):
         self.kind = kind
 
     def _factorize(self, X, weights, gram):
-        c, *spatial = _checked_kernel_shape(self.kernel_shape, X.shape[1])
+        c, *spatial = check_kernel_shape(self.kernel_shape, X.shape[1])
         n = len(X) if weights is None else weights.sum()
         build = _Spatial if self.kind == "spatial" else _Depthwise
         form = build(c, tuple(spatial) or (1,), X.dtype)
@@ -178,14 +179,3 @@ def _for_output(X, form, plain, rank, weights, gram):
     expand, collapse = form.refit_functions(starts[best])
     refitted = refit_basis(X, starts[best], gram, expand=expand, collapse=collapse, weights=weights)
     return form.decoder(refitted if error(refitted) <= errors[best] else starts[best])
-
-
-def _checked_kernel_shape(kernel_shape, n_columns):
-    """Tuple of ints (c_in, *spatial) whose product is the number of columns."""
-    if kernel_shape is None:
-        return (n_columns,)
-    shape = tuple(kernel_shape)
-    if not shape or not all(isinstance(s, Integral) and s >= 1 for s in shape) or math.prod(shape) != n_columns:
-        raise ValueError(f"kernel_shape must be (c_in, *spatial), integers with the product {n_columns} of the columns "
-                         f"of X, got {kernel_shape!r}")
-    return tuple(int(s) for s in shape)

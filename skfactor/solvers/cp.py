@@ -21,6 +21,7 @@ _BLOCK_ELEMENTS = 1 << 22  # of X that are held in float64
 _BLOCK_FILTERS = 512  # filters that iterate together: their arrays stay in the cache
 _CHECK_EVERY = 5
 _RIDGE = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-12}
+_LOST = 1e-12  # share of the first eigenvalue under which an eigen-image holds nothing
 _NEAR_EXACT = 1e-5  # squared relative error under which float32 says nothing more
 
 
@@ -130,7 +131,7 @@ def _cp_block(W, spatial, rank, tol, max_iter, dtype):
         bound = np.zeros(len(W))
     else:
         unit = np.ascontiguousarray((G / safe[:, None, None]).transpose(1, 2, 0))
-        start = _rank_one_terms(images[:, :, : -rank - 1 : -1], spatial)
+        start = _rank_one_terms(images[:, :, : -rank - 1 : -1], values[:, : -rank - 1 : -1], spatial)
         factors, error, n_iter = _iterate(unit.astype(dtype), [F.astype(dtype) for F in start], tol, max_iter)
         near = np.flatnonzero(error < _NEAR_EXACT) if dtype != np.float64 else []
         factors = [F.astype(np.float64) for F in factors]
@@ -158,13 +159,22 @@ def _pixels(spatial):
     return [(np.arange(k)[:, None] == place).astype(np.float64) for k, place in zip(spatial, places)]
 
 
-def _rank_one_terms(images, spatial):
-    """Leading rank-one term of each image (n, P, R): factors (k_d, R, n) of unit norm."""
+def _rank_one_terms(images, values, spatial):
+    """Leading rank-one term of each image (n, P, R): factors (k_d, R, n) of unit norm.
+
+    Of filters with fewer than R images of any power (of few channels), the terms behind the leading ones too: those
+    that hold most.
+    """
     n, _, rank = images.shape
     images = images.transpose(0, 2, 1).reshape(n * rank, *spatial)
     if len(spatial) == 2:
-        u, _, v = np.linalg.svd(images)
-        vectors = [u[:, :, 0], v[:, 0]]
+        u, s, v = np.linalg.svd(images, full_matrices=False)
+        first, term = np.tile(np.arange(rank), (n, 1)), np.zeros((n, rank), dtype=np.intp)
+        few = values[:, -1] <= _LOST * values[:, 0]
+        power = (values[few, :, None] * s.reshape(n, rank, -1)[few] ** 2).reshape(-1, s.shape[1] * rank)
+        first[few], term[few] = np.divmod(np.argsort(-power, axis=1, kind="stable")[:, :rank], s.shape[1])
+        rows = (first + rank * np.arange(n)[:, None]).ravel(), term.ravel()
+        vectors = [u[rows[0], :, rows[1]], v[rows]]
     else:
         vectors = []
         for axis in range(len(spatial)):
@@ -173,8 +183,12 @@ def _rank_one_terms(images, spatial):
     return [np.ascontiguousarray(v.reshape(n, rank, -1).transpose(2, 1, 0)) for v in vectors]
 
 
+@np.errstate(over="ignore", invalid="ignore")  # terms of more rank than a filter has may grow without end
 def _iterate(G, factors, tol, max_iter):
-    """Sweeps of alternating least squares for grams (P, P, n) of unit trace, until every filter gains less than tol."""
+    """Sweeps of alternating least squares for grams (P, P, n) of unit trace, until every filter gains less than tol.
+
+    A filter whose factors overflow gains nothing, and stays with the best that it had.
+    """
     n = G.shape[-1]
     out = [F.copy() for F in factors]
     error = np.ones(n)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _nets import LeNet5, ResNet, SmallCNN
-from _zoo import ZOO, Lambda, build, trained_alike
+from _zoo import FULL, ZOO, Lambda, build, trained_alike
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -110,7 +110,27 @@ def test_pruned_equals_masked(name, data):
     assert n == pruned.parameters_after < pruned.parameters_before
 
 
-@pytest.mark.parametrize("name", ["ResNet-8", "ResNet-8 lambda", "SE", "MobileNetV2", "Conv1d", "Conv3d"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_full_networks(name, tmp_path):
+    """A third of all units at random, against the masked network, and through a file into a fresh network."""
+    model, x = trained_alike(FULL[name]()), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    rng, filters = np.random.default_rng(0), {}
+    for group in skfactor.filter_groups(model, x):
+        units = rng.permutation(len(group.units))[: len(group.units) // 3]
+        for layer, indices in group.filters(units).items():
+            filters.setdefault(layer, []).extend(indices)
+    pruned = skfactor.remove_filters(model, filters, x)
+    assert pruned.parameters_after < 0.75 * pruned.parameters_before
+    expected = masked_by_readers(model, pruned.removed, x)
+    fresh = skfactor.load_into(FULL[name]().eval(), pruned.save(tmp_path / "pruned.skf"))
+    with torch.no_grad():
+        found = pruned.model(x)
+        assert torch.equal(fresh(x), found)
+        assert difference(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ZOO)
 def test_a_plan_is_replayed_on_a_fresh_network(name, tmp_path):
     model, x = build(name)
     group = skfactor.filter_groups(model, x)[0]

@@ -142,3 +142,20 @@ def test_large_channel_factors_are_refitted_by_gradients(monkeypatch):
     monkeypatch.setattr(module, "_DIRECT", 0)
     monkeypatch.setattr(module, "_CG_STEPS", 100)
     np.testing.assert_allclose(refit_coupled(X, found, G).errors, direct.errors, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_filters_of_one_channel_are_truncated_singular_value_decompositions(rank):
+    X = np.random.default_rng(0).standard_normal((20, 9))
+    singular = np.linalg.svd(X.reshape(-1, 3, 3), compute_uv=False)
+    found = coupled_cp(X, (1, 3, 3), rank, 1)
+    np.testing.assert_allclose(found.errors, (singular[:, rank:] ** 2).sum(axis=1), atol=1e-3)
+
+
+def test_filters_that_move_to_a_better_cluster_lower_the_error(monkeypatch):
+    X = np.random.default_rng(1).standard_normal((60, 6 * 9))
+    moved = coupled_cp(X, (6, 3, 3), 4, 3)
+    monkeypatch.setattr("skfactor.solvers.coupled_cp._REASSIGNMENTS", 0)
+    stayed = coupled_cp(X, (6, 3, 3), 4, 3)
+    assert (moved.labels != stayed.labels).any()
+    assert moved.errors.sum() < 0.995 * stayed.errors.sum()

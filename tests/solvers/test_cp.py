@@ -1,6 +1,8 @@
 """CP solver: planted tensors, the bound of the SVD, the textbook algorithm, and the metric of the output."""
 # SPDX-License-Identifier: BSD-3-Clause
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,52 @@ def test_error_is_that_of_the_factors_and_no_less_than_the_bound():
             np.testing.assert_allclose(np.linalg.norm(F, axis=1), 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rank", [1, 3, 6, 8])
+def test_filters_of_less_rank_than_terms_and_of_none(rank, dtype):
+    """Surplus terms may grow without end: no warning, no infinite number, and no more error than without them."""
+    rng = np.random.default_rng(0)
+    images = np.zeros((3, 4, 3, 3))
+    images[0, 0] = np.eye(3)
+    images[1, 0, 0, 1] = images[1, 0, 1, 0] = 1
+    X = np.concatenate([planted(rng, 5, (4, 3, 3), 1), images.reshape(3, 36), np.ones((1, 36))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cp = cp_filters(X, (4, 3, 3), rank, dtype=dtype)
+    assert all(np.isfinite(F).all() for F in (cp.pointwise, *cp.spatial))
+    E = X - cp_matrix(cp.pointwise, cp.spatial)
+    norms = np.linalg.norm(X, axis=1)
+    np.testing.assert_allclose(np.linalg.norm(E, axis=1), cp.rel_error * norms, atol=1e-6)
+    exact = np.array([1, 1, 1, 1, 1, 3, 2, 0, 1]) <= rank  # ranks of the filters; the third image is zero
+    assert (cp.rel_error[exact] < 1e-3).all()
+
+
+def test_sweeps_are_those_of_the_textbook_from_the_same_start():
+    """Least squares for A, B and C by turns, filter by filter, from the leading terms of the leading images."""
+    X, rank, errors = np.random.default_rng(0).standard_normal((5, 7, 3, 4)), 3, []
+    for W in X:
+        images = np.linalg.svd(W.reshape(7, 12))[2][:rank].reshape(rank, 3, 4)
+        u, _, vt = np.linalg.svd(images)
+        B, C = u[:, :, 0].T, vt[:, 0].T
+        for sweep in range(8):
+            A = np.linalg.lstsq((B[:, None] * C).reshape(-1, rank), W.reshape(7, -1).T, rcond=None)[0].T
+            E = W - np.einsum("ar,br,cr->abc", A, B, C)
+            if sweep < 7:
+                B = np.linalg.lstsq((A[:, None] * C).reshape(-1, rank), W.transpose(0, 2, 1).reshape(-1, 3))[0].T
+                C = np.linalg.lstsq((A[:, None] * B).reshape(-1, rank), W.reshape(-1, 4))[0].T
+        errors.append(np.linalg.norm(E) / np.linalg.norm(W))
+    found = cp_filters(X.reshape(5, -1), (7, 3, 4), rank, tol=0.0, max_iter=8, dtype=np.float64)
+    np.testing.assert_allclose(found.rel_error, errors, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 5])
+def test_filters_of_one_channel_are_truncated_singular_value_decompositions(rank):
+    X = np.random.default_rng(0).standard_normal((40, 9))
+    singular = np.linalg.svd(X.reshape(-1, 3, 3), compute_uv=False)
+    best = np.sqrt((singular[:, rank:] ** 2).sum(axis=1)) / np.linalg.norm(X, axis=1)
+    np.testing.assert_allclose(cp_filters(X, (1, 3, 3), rank).rel_error, best, atol=2e-3)
+
+
 def test_no_worse_than_a_random_start_of_the_textbook_method():
     rng = np.random.default_rng(1)
     X = rng.standard_normal((12, 16 * 9))
@@ -93,6 +141,7 @@ def test_refit_lowers_the_output_error_and_ends_where_no_factor_can_be_better():
     errors = [output_errors(X, cp.pointwise, cp.spatial, G)] + [f.errors for f in fits]
     for worse, better in zip(errors, errors[1:]):
         assert (better <= worse * (1 + 1e-9)).all()
+    assert refit_cp(X, cp.pointwise, cp.spatial, G[None], damping=0.0).errors.sum() < errors[3].sum()
     # the pointwise factor against plain least squares in the metric, from a root of G
     R = np.linalg.cholesky(G)
     K = _khatri_rao_rows(cp.spatial)
