@@ -97,6 +97,27 @@ def test_training_gathers_the_samples():
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
 
 
+def test_hard_codes_start_from_the_clusters_of_the_training():
+    """With one Lloyd iteration each, twenty refreshes converge, and the end goes on from there."""
+    method = DeepKMeansTraining(network(), rules(lam=1.0, max_iter=1, tol=0))
+    first = method.penalty().item()
+    for _ in range(20):
+        method.after_epoch()
+    last = method.penalty().item()
+    result = method.finish()
+    assert last < 0.97 * first
+    assert sum(r.info["inertia"] for r in result.records if r.info) <= 2 * last * (1 + 1e-5)
+
+
+def test_two_runs_give_one_file(tmp_path):
+    files = []
+    for i in range(2):
+        method = DeepKMeansTraining(network(), rules(lam=0.3))
+        skfactor.finetune(method, data(), epochs=2, progress=False)
+        files.append(method.finish().save(tmp_path / f"{i}.skf").read_bytes())
+    assert files[0] == files[1]
+
+
 def test_zero_cluster_and_file(tmp_path):
     model = network()
     method = train(DeepKMeansTraining(model, rules(lam=1.0, zero_fraction=0.5)), 3)

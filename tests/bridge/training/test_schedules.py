@@ -70,6 +70,20 @@ def test_regrown_weights_return():
     assert own[history[-1]].max() <= own[~history[-1]].min()
 
 
+def test_weights_near_the_threshold_stay_as_they_are():
+    """Hysteresis: pruned up to 1 - margin of the threshold, back above 1 + margin, in between as before."""
+    layer = nn.Linear(8, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(1.0, 9.0))
+    method = GradualPruning(layer, 0.5, n_steps=100, update_every=1, start_amount=0.5, regrow=True, margin=0.25)
+    own = method._weights["weight"]
+    assert torch.equal(method.model.weight == 0, torch.tensor([[True] * 3 + [False] * 5]))
+    with torch.no_grad():
+        own[0] = torch.tensor([9.0, 4.5, 3.6, 3.4, 3.5, 1.0, 3.0, 8.0])  # threshold 3.5: 2.625 and 4.375
+    method.after_step()
+    assert (method.model.weight != 0)[0].tolist() == [True, True, False, True, True, False, True, True]
+
+
 def test_one_threshold_for_all_layers():
     method = GradualPruning(net(), 0.5, n_steps=1, update_every=1, scope="global", start_amount=0.5)
     weights = torch.cat([m.weight.detach().flatten() for m in (net()[0], net()[2])])

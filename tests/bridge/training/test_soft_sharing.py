@@ -140,6 +140,15 @@ def test_finish_is_the_largest_responsibility(tmp_path):
     assert torch.equal(restored[0].weight, result.model[0].weight)
 
 
+def test_two_runs_give_one_file(tmp_path):
+    files = []
+    for i in range(2):
+        method = SoftSharingTraining(network(), SoftWeightSharer(5), tau=1e-3)
+        skfactor.finetune(method, data(), epochs=2, progress=False)
+        files.append(method.finish().save(tmp_path / f"{i}.skf").read_bytes())
+    assert files[0] == files[1]
+
+
 def test_interrupted_training_goes_on():
     sharer = SoftWeightSharer(5)
     whole = train(SoftSharingTraining(network(), sharer, tau=1e-3), 4)
