@@ -13,6 +13,7 @@ from torch import nn
 import skfactor
 from skfactor import DeepKMeansRegularizer, DeepKMeansTraining, KMeansWeightSharer, LayerError
 from tests._nets import SmallCNN, TinyLM
+from tests.bridge.training._runs import files_of_two_runs, whole_and_resumed
 
 
 def network(seed=0):
@@ -110,12 +111,8 @@ def test_hard_codes_start_from_the_clusters_of_the_training():
 
 
 def test_two_runs_give_one_file(tmp_path):
-    files = []
-    for i in range(2):
-        method = DeepKMeansTraining(network(), rules(lam=0.3))
-        skfactor.finetune(method, data(), epochs=2, progress=False)
-        files.append(method.finish().save(tmp_path / f"{i}.skf").read_bytes())
-    assert files[0] == files[1]
+    first, second = files_of_two_runs(lambda: DeepKMeansTraining(network(), rules(lam=0.3)), data(), tmp_path, epochs=2)
+    assert first == second
 
 
 def test_zero_cluster_and_file(tmp_path):
@@ -178,16 +175,7 @@ def test_finetune_resumes_from_its_checkpoint(tmp_path):
     def method():
         return DeepKMeansTraining(network(), rules(lam=0.3), schedule="exponential", growth=1.5)
 
-    whole, broken, again = method(), method(), method()
-    skfactor.finetune(whole, data(), epochs=3, progress=False)
-
-    def stop(record):
-        if record["epoch"] == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        skfactor.finetune(broken, data(), epochs=3, callback=stop, checkpoint=tmp_path / "state", progress=False)
-    skfactor.finetune(again, data(), epochs=3, checkpoint=tmp_path / "state", progress=False)
+    whole, again = whole_and_resumed(method, data(), tmp_path, stop_after=1, epochs=3)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
 
 

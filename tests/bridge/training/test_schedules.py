@@ -15,6 +15,7 @@ import skfactor
 from skfactor import GradualPruning, KMeansWeightSharer, MagnitudePruner, sensitivity
 from skfactor.bridge import Sensitivity
 from tests._nets import SmallCNN, TinyLM
+from tests.bridge.training._runs import whole_and_resumed
 
 
 def net():
@@ -132,21 +133,11 @@ def test_ties_are_pruned_once():
 
 @pytest.mark.parametrize("regrow", [False, True])
 def test_interrupted_pruning_resumes_to_the_same_result(regrow, tmp_path):
-    options = {"n_steps": 20, "update_every": 3, "regrow": regrow}
-    run = {"epochs": 5, "batch_size": 8, "lr": 0.1}
-    whole = GradualPruning(net(), 0.8, **options)
-    skfactor.finetune(whole, data(), **run)
+    def method():
+        return GradualPruning(net(), 0.8, n_steps=20, update_every=3, regrow=regrow)
 
-    def stop(record):
-        if record["epoch"] == 2:
-            raise KeyboardInterrupt
-
-    part = GradualPruning(net(), 0.8, **options)
-    with pytest.raises(KeyboardInterrupt):
-        skfactor.finetune(part, data(), checkpoint=tmp_path / "c", callback=stop, **run)
-    rest = GradualPruning(net(), 0.8, **options)
-    skfactor.finetune(rest, data(), checkpoint=tmp_path / "c", **run)
-    files = [m.finish().save(tmp_path / n).read_bytes() for m, n in ((whole, "a"), (rest, "b"))]
+    methods = whole_and_resumed(method, data(), tmp_path, stop_after=2, epochs=5, batch_size=8, lr=0.1)
+    files = [m.finish().save(tmp_path / f"{i}.skf").read_bytes() for i, m in enumerate(methods)]
     assert files[0] == files[1]
 
 
