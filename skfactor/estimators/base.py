@@ -8,13 +8,13 @@ from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
-from skfactor._sklearn import CallbackSupport
+from skfactor._sklearn import CallbackSupport, check_feature_names_in
 from skfactor._validation import check_matrix
 from skfactor.codec.linear import LinearDecoder
 from skfactor.codec.tensor import CompressedTensor, Layout
 
-__all__ = ["BaseCompressor", "compressed_tensor", "decoder_chain", "fit_chain", "fit_params", "steps_of",
-           "with_kernel_shape"]
+__all__ = ["BaseCompressor", "CentroidCodes", "compressed_tensor", "decoder_chain", "fit_chain", "fit_params",
+           "steps_of", "with_kernel_shape"]
 
 
 class BaseCompressor(CallbackSupport, TransformerMixin, BaseEstimator):
@@ -64,6 +64,43 @@ class BaseCompressor(CallbackSupport, TransformerMixin, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = []  # codes are integers
         return tags
+
+
+class CentroidCodes:
+    """What estimators have in common whose codes are numbers of centroids.
+
+    `fit` sets `decoder_`, which holds the codebooks, and `labels_`, the codes of its data; `coder` is a parameter.
+    """
+
+    @property
+    def kappa_(self):
+        check_is_fitted(self)
+        n_books, n_clusters, _ = self.decoder_.codebooks.shape
+        return 1.0 - n_books * n_clusters / self.labels_.size
+
+    @property
+    def rate_(self):
+        check_is_fitted(self)
+        shape = (len(self.labels_), self.n_features_in_)
+        return CompressedTensor((self.decoder_,), self.labels_, shape, self.decoder_.dtype, coder=self.coder).nbytes
+
+    def get_feature_names_out(self, input_features=None):
+        """Names of the codes: those of the columns, or of their blocks where a centroid is more than a number.
+
+        Parameters
+        ----------
+        input_features : array-like of str, default=None
+
+        Returns
+        -------
+        names : ndarray of str
+        """
+        check_is_fitted(self)
+        names = check_feature_names_in(self, input_features)
+        if self.decoder_.codebooks.shape[2] == 1:
+            return names
+        prefix = type(self).__name__.lower()
+        return np.asarray([f"{prefix}{i}" for i in range(self.labels_.shape[1])], dtype=object)
 
 
 def steps_of(estimator):

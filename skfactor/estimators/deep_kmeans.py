@@ -10,13 +10,12 @@ import torch
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from skfactor._sklearn import Interval, StrOptions, check_feature_names_in, fit_context
+from skfactor._sklearn import Interval, StrOptions, fit_context
 from skfactor._validation import check_importance, check_matrix, check_row_weights
 from skfactor.codec.coders import CODERS
 from skfactor.codec.decoders import CodebookDecoder
-from skfactor.codec.tensor import CompressedTensor
 from skfactor.estimators._codebooks import squared_error
-from skfactor.estimators.base import BaseCompressor
+from skfactor.estimators.base import BaseCompressor, CentroidCodes
 from skfactor.estimators.kmeans_sharer import KMeansWeightSharer
 from skfactor.solvers._assign1d import label_dtype
 from skfactor.solvers.kmeans import assign, lloyd
@@ -76,7 +75,7 @@ def spectral_penalty(rows, subspace, lam):
     return 0.5 * lam * (rows - subspace @ (subspace.T @ rows)).square().sum()
 
 
-class DeepKMeansRegularizer(BaseCompressor):
+class DeepKMeansRegularizer(CentroidCodes, BaseCompressor):
     r"""Deep k-Means [1]_: training pulls the rows of a layer's kernels together, then k-means shares them.
 
     During training `penalty` is added to the loss,
@@ -291,35 +290,6 @@ class DeepKMeansRegularizer(BaseCompressor):
         X = check_matrix(self, X, reset=False)
         samples = np.ascontiguousarray(X).reshape(-1, self.vector_size_)
         return _codes(samples, self.cluster_centers_, self.zero_threshold_).reshape(len(X), -1)
-
-    @property
-    def kappa_(self):
-        check_is_fitted(self)
-        return 1.0 - len(self.cluster_centers_) / self.labels_.size
-
-    @property
-    def rate_(self):
-        check_is_fitted(self)
-        shape = (len(self.labels_), self.n_features_in_)
-        return CompressedTensor((self.decoder_,), self.labels_, shape, self.decoder_.dtype, coder=self.coder).nbytes
-
-    def get_feature_names_out(self, input_features=None):
-        """Names of the codes: those of the columns, or of their blocks of `vector_size_`.
-
-        Parameters
-        ----------
-        input_features : array-like of str, default=None
-
-        Returns
-        -------
-        names : ndarray of str
-        """
-        check_is_fitted(self)
-        names = check_feature_names_in(self, input_features)
-        if self.vector_size_ == 1:
-            return names
-        prefix = type(self).__name__.lower()
-        return np.asarray([f"{prefix}{i}" for i in range(self.labels_.shape[1])], dtype=object)
 
     def _solve(self, X, size, counts, importance, start):
         """Clusters of validated `X` in samples of `size` values, from the centres `start` or from k-means++."""

@@ -9,11 +9,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from skfactor._sklearn import Interval, StrOptions, check_feature_names_in, fit_context
+from skfactor._sklearn import Interval, StrOptions, fit_context
 from skfactor._validation import check_matrix
 from skfactor.codec.coders import CODERS
 from skfactor.codec.decoders import CodebookDecoder
-from skfactor.codec.tensor import CompressedTensor
 from skfactor.estimators._codebooks import (
     Plan,
     assign_codes,
@@ -25,6 +24,7 @@ from skfactor.estimators._codebooks import (
     weighted_square_sum,
 )
 from skfactor.estimators._output import CodebookCompressor, OutputProblem, fit_for_output
+from skfactor.estimators.base import CentroidCodes
 from skfactor.solvers.feedback import output_error
 from skfactor.solvers.kmeans1d import elbow_1d
 
@@ -33,7 +33,7 @@ __all__ = ["KMeansWeightSharer"]
 _DEEP_COMPRESSION_INITS = ("linear", "density", "random")
 
 
-class KMeansWeightSharer(CodebookCompressor):
+class KMeansWeightSharer(CentroidCodes, CodebookCompressor):
     r"""Weight sharing: every weight is replaced by one of `n_clusters` shared values.
 
     Minimises the squared error of the reconstruction,
@@ -288,37 +288,8 @@ class KMeansWeightSharer(CodebookCompressor):
         return float(np.linalg.norm(difference, axis=1).sum())
 
     @property
-    def kappa_(self):
-        check_is_fitted(self)
-        return 1.0 - len(self.decoder_.codebooks) * self.decoder_.codebooks.shape[1] / self.labels_.size
-
-    @property
-    def rate_(self):
-        check_is_fitted(self)
-        shape = (len(self.labels_), self.n_features_in_)
-        return CompressedTensor((self.decoder_,), self.labels_, shape, self.decoder_.dtype, coder=self.coder).nbytes
-
-    @property
     def bits_per_weight_(self):
         return 8.0 * self.rate_ / (len(self.labels_) * self.n_features_in_)
-
-    def get_feature_names_out(self, input_features=None):
-        """Names of the codes: those of the columns, or of their blocks of `vector_size`.
-
-        Parameters
-        ----------
-        input_features : array-like of str, default=None
-
-        Returns
-        -------
-        names : ndarray of str
-        """
-        check_is_fitted(self)
-        names = check_feature_names_in(self, input_features)
-        if self.vector_size == 1:
-            return names
-        prefix = type(self).__name__.lower()
-        return np.asarray([f"{prefix}{i}" for i in range(self.labels_.shape[1])], dtype=object)
 
     def _resolve(self, X, weights, gram):
         """Turn the parameters into locals of the fit; raise on combinations that mean nothing."""

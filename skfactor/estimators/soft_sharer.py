@@ -4,16 +4,14 @@
 from numbers import Integral, Real
 
 import numpy as np
-from sklearn.base import OneToOneFeatureMixin
 from sklearn.utils.validation import check_is_fitted
 
 from skfactor._sklearn import Interval, StrOptions, fit_context
 from skfactor._validation import check_importance, check_matrix, check_row_weights
 from skfactor.codec.coders import CODERS
 from skfactor.codec.decoders import CodebookDecoder
-from skfactor.codec.tensor import CompressedTensor
 from skfactor.estimators._codebooks import Weights, squared_error
-from skfactor.estimators.base import BaseCompressor
+from skfactor.estimators.base import BaseCompressor, CentroidCodes
 from skfactor.solvers._assign1d import label_dtype
 from skfactor.solvers.gaussian_mixture1d import (
     PrecisionPrior,
@@ -40,7 +38,7 @@ def mixture_start(sharer, x, unit):
     return spread_start(x, sharer.n_components, zero_weight=sharer.zero_weight, zero_std=sharer.zero_prior_std * unit)
 
 
-class SoftWeightSharer(OneToOneFeatureMixin, BaseCompressor):
+class SoftWeightSharer(CentroidCodes, BaseCompressor):
     r"""Soft weight-sharing [1]_ [2]_: a mixture of Gaussians is fitted, each weight takes the value of its component.
 
     Maximises the penalised likelihood of the weights
@@ -213,17 +211,6 @@ class SoftWeightSharer(OneToOneFeatureMixin, BaseCompressor):
         """
         check_is_fitted(self)
         return self._codes(check_matrix(self, X, reset=False))
-
-    @property
-    def kappa_(self):
-        check_is_fitted(self)
-        return 1.0 - len(self.cluster_centers_) / self.labels_.size
-
-    @property
-    def rate_(self):
-        check_is_fitted(self)
-        shape = (len(self.labels_), self.n_features_in_)
-        return CompressedTensor((self.decoder_,), self.labels_, shape, self.decoder_.dtype, coder=self.coder).nbytes
 
     def _codes(self, X):
         return self._codes_of[hard_labels(X, *self._cut)].astype(label_dtype(len(self.cluster_centers_)))

@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import norm
 
 from skfactor import MagnitudePruner, SoftWeightSharer
@@ -36,6 +37,35 @@ def test_likelihood_never_falls(zero_weight, shape):
     assert len(trace) == 51 or np.ptp(trace[-2:]) == 0
     assert (np.diff(trace) >= -1e-9 * abs(trace[0])).all()
     assert trace[-1] > trace[0]
+
+
+def test_the_end_is_a_stationary_point():
+    """By autograd of the penalised likelihood, written out; priors as strong as the few data there are."""
+    x = np.random.default_rng(3).standard_t(4, (6, 10))
+    sharer = SoftWeightSharer(3, zero_weight=None, prior_std=0.4, prior_shape=3.0, zero_prior_std=0.3,
+                              zero_prior_shape=2.0, merge_divergence=0.0, tol=0, max_iter=5000).fit(x)
+    prior = precision_prior(sharer, np.sqrt(np.mean(x**2)))
+    pi, mu, log_t = (torch.tensor(v, requires_grad=True)
+                     for v in (sharer.weights_, sharer.means_, np.log(sharer.precisions_)))
+    joint = pi.log() + 0.5 * (log_t - log_t.exp() * (torch.tensor(x.reshape(-1, 1)) - mu) ** 2 - np.log(2 * np.pi))
+    hyper = torch.tensor(prior.shape - 1) * log_t - torch.tensor(prior.rate) * log_t.exp()
+    objective = torch.logsumexp(joint, 1).sum() + hyper.sum()
+    assert objective.item() == pytest.approx(sharer.log_likelihood_trace_[-1], rel=1e-9)
+    by_pi, by_mu, by_log_t = torch.autograd.grad(objective, (pi, mu, log_t))
+    np.testing.assert_allclose(by_pi, x.size, rtol=1e-4)  # Lagrange multiplier of weights that sum to 1
+    np.testing.assert_allclose(by_mu[1:], 0, atol=1e-3)
+    np.testing.assert_allclose(by_log_t, 0, atol=1e-3)
+
+
+def test_bins_keep_second_moments():
+    """One far outlier makes the bins wider than the other weights' standard deviation; their precision stays exact."""
+    X = np.random.default_rng(7).standard_normal((200, 200))
+    X[0, 0] = 2e4
+    options = {"prior_std": 1e-3, "prior_shape": 1.0, "zero_prior_std": 1e-3, "zero_prior_shape": 1.0}
+    sharer = SoftWeightSharer(2, zero_weight=None, merge_divergence=0.0, tol=0, **options).fit(X)
+    others = X.reshape(-1)[1:]
+    expected = others.size / (np.square(others).sum() + 2 * 1e-6 * np.mean(X**2))
+    assert sharer.precisions_[0] == pytest.approx(expected, rel=1e-6)
 
 
 def test_codes_are_the_largest_responsibilities():

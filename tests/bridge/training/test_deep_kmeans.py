@@ -13,6 +13,7 @@ from torch import nn
 import skfactor
 from skfactor import DeepKMeansRegularizer, DeepKMeansTraining, KMeansWeightSharer, LayerError
 from tests._nets import SmallCNN, TinyLM
+from tests.bridge.training._runs import files_of_two_runs, whole_and_resumed
 
 
 def network(seed=0):
@@ -97,6 +98,23 @@ def test_training_gathers_the_samples():
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
 
 
+def test_hard_codes_start_from_the_clusters_of_the_training():
+    """With one Lloyd iteration each, twenty refreshes converge, and the end goes on from there."""
+    method = DeepKMeansTraining(network(), rules(lam=1.0, max_iter=1, tol=0))
+    first = method.penalty().item()
+    for _ in range(20):
+        method.after_epoch()
+    last = method.penalty().item()
+    result = method.finish()
+    assert last < 0.97 * first
+    assert sum(r.info["inertia"] for r in result.records if r.info) <= 2 * last * (1 + 1e-5)
+
+
+def test_two_runs_give_one_file(tmp_path):
+    first, second = files_of_two_runs(lambda: DeepKMeansTraining(network(), rules(lam=0.3)), data(), tmp_path, epochs=2)
+    assert first == second
+
+
 def test_zero_cluster_and_file(tmp_path):
     model = network()
     method = train(DeepKMeansTraining(model, rules(lam=1.0, zero_fraction=0.5)), 3)
@@ -157,16 +175,7 @@ def test_finetune_resumes_from_its_checkpoint(tmp_path):
     def method():
         return DeepKMeansTraining(network(), rules(lam=0.3), schedule="exponential", growth=1.5)
 
-    whole, broken, again = method(), method(), method()
-    skfactor.finetune(whole, data(), epochs=3, progress=False)
-
-    def stop(record):
-        if record["epoch"] == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        skfactor.finetune(broken, data(), epochs=3, callback=stop, checkpoint=tmp_path / "state", progress=False)
-    skfactor.finetune(again, data(), epochs=3, checkpoint=tmp_path / "state", progress=False)
+    whole, again = whole_and_resumed(method, data(), tmp_path, stop_after=1, epochs=3)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
 
 

@@ -14,6 +14,7 @@ from skfactor import FormatError, KMeansWeightSharer, MagnitudePruner, TrainedSh
 from skfactor.bridge.training.checkpoint import load_state, save_state
 from skfactor.bridge.training.finetune import _Schedule
 from tests._nets import SmallCNN
+from tests.bridge.training._runs import files_of_two_runs
 
 
 class Dropped(nn.Module):
@@ -120,12 +121,8 @@ def test_one_random_state_one_result(make):
 
 
 def test_two_runs_give_identical_files(tmp_path):
-    files = []
-    for i in range(2):
-        method = sharing()
-        skfactor.finetune(method, data(), epochs=3, lr=0.1, batch_size=8)
-        files.append(method.finish().save(tmp_path / f"{i}.skf").read_bytes())
-    assert files[0] == files[1]
+    first, second = files_of_two_runs(sharing, data(), tmp_path, epochs=3, lr=0.1, batch_size=8)
+    assert first == second
 
 
 class Interrupted(Exception):

@@ -15,6 +15,7 @@ import skfactor
 from skfactor import GradualPruning, KMeansWeightSharer, MagnitudePruner, sensitivity
 from skfactor.bridge import Sensitivity
 from tests._nets import SmallCNN, TinyLM
+from tests.bridge.training._runs import whole_and_resumed
 
 
 def net():
@@ -70,6 +71,20 @@ def test_regrown_weights_return():
     assert own[history[-1]].max() <= own[~history[-1]].min()
 
 
+def test_weights_near_the_threshold_stay_as_they_are():
+    """Hysteresis: pruned up to 1 - margin of the threshold, back above 1 + margin, in between as before."""
+    layer = nn.Linear(8, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(1.0, 9.0))
+    method = GradualPruning(layer, 0.5, n_steps=100, update_every=1, start_amount=0.5, regrow=True, margin=0.25)
+    own = method._weights["weight"]
+    assert torch.equal(method.model.weight == 0, torch.tensor([[True] * 3 + [False] * 5]))
+    with torch.no_grad():
+        own[0] = torch.tensor([9.0, 4.5, 3.6, 3.4, 3.5, 1.0, 3.0, 8.0])  # threshold 3.5: 2.625 and 4.375
+    method.after_step()
+    assert (method.model.weight != 0)[0].tolist() == [True, True, False, True, True, False, True, True]
+
+
 def test_one_threshold_for_all_layers():
     method = GradualPruning(net(), 0.5, n_steps=1, update_every=1, scope="global", start_amount=0.5)
     weights = torch.cat([m.weight.detach().flatten() for m in (net()[0], net()[2])])
@@ -118,21 +133,11 @@ def test_ties_are_pruned_once():
 
 @pytest.mark.parametrize("regrow", [False, True])
 def test_interrupted_pruning_resumes_to_the_same_result(regrow, tmp_path):
-    options = {"n_steps": 20, "update_every": 3, "regrow": regrow}
-    run = {"epochs": 5, "batch_size": 8, "lr": 0.1}
-    whole = GradualPruning(net(), 0.8, **options)
-    skfactor.finetune(whole, data(), **run)
+    def method():
+        return GradualPruning(net(), 0.8, n_steps=20, update_every=3, regrow=regrow)
 
-    def stop(record):
-        if record["epoch"] == 2:
-            raise KeyboardInterrupt
-
-    part = GradualPruning(net(), 0.8, **options)
-    with pytest.raises(KeyboardInterrupt):
-        skfactor.finetune(part, data(), checkpoint=tmp_path / "c", callback=stop, **run)
-    rest = GradualPruning(net(), 0.8, **options)
-    skfactor.finetune(rest, data(), checkpoint=tmp_path / "c", **run)
-    files = [m.finish().save(tmp_path / n).read_bytes() for m, n in ((whole, "a"), (rest, "b"))]
+    methods = whole_and_resumed(method, data(), tmp_path, stop_after=2, epochs=5, batch_size=8, lr=0.1)
+    files = [m.finish().save(tmp_path / f"{i}.skf").read_bytes() for i, m in enumerate(methods)]
     assert files[0] == files[1]
 
 

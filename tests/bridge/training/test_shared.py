@@ -260,12 +260,16 @@ def test_assigning_a_weight_sets_the_means():
     np.testing.assert_allclose(books_of(method, "conv2.weight").detach()[:, 0], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"reassign_every": 1}, {"soft": True}])
+@pytest.mark.parametrize("options", [{}, {"reassign_every": 1}, {"reassign_every": 2}, {"soft": True}])
 def test_state_goes_on_in_another_method(options):
+    """Stopped after one epoch, between two reassignments where there is one every two epochs."""
     rules = {"*": KMeansWeightSharer(4, granularity="row")}
     method, other = (TrainedSharing(conv_net(), rules, grad="mean", **options) for _ in range(2))
     train(method, lr=0.3).after_epoch()
     other.load_state_dict(method.state_dict())
+    for m in (method, other):
+        train(m, lr=0.3).after_epoch()
+    assert method._epoch == other._epoch == 2
     ends = [train(m, lr=0.3).finish().model.state_dict() for m in (method, other)]
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 

@@ -14,6 +14,7 @@ import skfactor
 from skfactor import KMeansWeightSharer, SoftSharingTraining, SoftWeightSharer
 from skfactor.bridge.training.soft_sharing import MixturePrior
 from tests._nets import LeNet300, TinyLM
+from tests.bridge.training._runs import files_of_two_runs, whole_and_resumed
 
 
 def network(seed=0):
@@ -140,6 +141,14 @@ def test_finish_is_the_largest_responsibility(tmp_path):
     assert torch.equal(restored[0].weight, result.model[0].weight)
 
 
+def test_two_runs_give_one_file(tmp_path):
+    def method():
+        return SoftSharingTraining(network(), SoftWeightSharer(5), tau=1e-3)
+
+    first, second = files_of_two_runs(method, data(), tmp_path, epochs=2)
+    assert first == second
+
+
 def test_interrupted_training_goes_on():
     sharer = SoftWeightSharer(5)
     whole = train(SoftSharingTraining(network(), sharer, tau=1e-3), 4)
@@ -157,16 +166,7 @@ def test_finetune_resumes_from_its_checkpoint(tmp_path):
     def method():
         return SoftSharingTraining(network(), SoftWeightSharer(5), tau=1e-3)
 
-    whole, broken, again = method(), method(), method()
-    skfactor.finetune(whole, data(), epochs=3, progress=False)
-
-    def stop(record):
-        if record["epoch"] == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        skfactor.finetune(broken, data(), epochs=3, callback=stop, checkpoint=tmp_path / "state", progress=False)
-    skfactor.finetune(again, data(), epochs=3, checkpoint=tmp_path / "state", progress=False)
+    whole, again = whole_and_resumed(method, data(), tmp_path, stop_after=1, epochs=3)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
     assert torch.equal(whole.mixtures[0].means, again.mixtures[0].means)
 
