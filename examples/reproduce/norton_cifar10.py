@@ -3,7 +3,7 @@
 
 A row is a rank and the share of filters removed from each layer, recomputed from the published scripts. `--method
 authors` decomposes and selects as the published code does (`norton_authors.py`); `--method ours` prunes by norm
-with a refit, and decomposes layer after layer, from 512 unlabelled training images. Then both are fine-tuned alike.
+with a refit, and decomposes layer after layer, from unlabelled training images. Then both are fine-tuned.
 Test images are used for the accuracies of the table, once, and choose nothing: the last state of the training counts.
 
     python norton_cifar10.py --rows r56-37 r56-73             # ResNet-56 from its real weights, minutes on a CPU
@@ -46,6 +46,8 @@ VGG, R56, D40 = "cifar10_vgg16", "cifar10_resnet56", "cifar10_densenet40"
 #: Published accuracy of the networks before compression.
 PUBLISHED_BASELINES = {VGG: 93.96, R56: 93.26, D40: 94.81}
 N_CALIBRATION, MAX_VECTORS = 512, 65536
+#: Images that run twice for every layer, when layers are fitted one after the other.
+N_IN_ORDER = 128
 _KNOWN = {}
 BEGIN, END = "<!-- norton: begin -->", "<!-- norton: end -->"
 
@@ -185,7 +187,7 @@ def by_us(model, row, folder, seed):
     if pruned_only:
         return model
     rules = {name: skfactor.CPDFilterPruner(rank=row.rank) for name, _ in norton_authors.convolutions(model)}
-    calibration = skfactor.Calibration(images, sequential=True, max_vectors=MAX_VECTORS)
+    calibration = skfactor.Calibration(images[:N_IN_ORDER], sequential=True, max_vectors=MAX_VECTORS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return skfactor.compress(model, rules | {"*": None}, calibration=calibration, mode="factorized",
