@@ -183,14 +183,18 @@ def test_shared_codes_keep_their_clusters():
     assert [e.execution for e in result.executions] == ["factorized"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dynamo", [False, True])
 @pytest.mark.parametrize("name", ["cp", "coupled"])
-def test_export_and_onnx(name):
+def test_export_and_onnx(name, dynamo):
     model, x = skfactor.compress(net(), RULES[name], mode="factorized", progress=False).model, torch.randn(2, 3, 12, 14)
     close(torch.export.export(model, (x,)).module()(x), model(x), 1e-6)
     pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
+    if dynamo:
+        pytest.importorskip("onnxscript")
     file = io.BytesIO()
-    torch.onnx.export(model, (x,), file, dynamo=False)
+    torch.onnx.export(model, (x,), file, dynamo=dynamo)
     session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     np.testing.assert_allclose(found, model(x).detach().numpy(), atol=1e-5)
