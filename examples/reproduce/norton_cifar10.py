@@ -4,7 +4,7 @@
 A row is a rank and the share of filters removed from each layer, recomputed from the published scripts. `--method
 authors` decomposes and selects as the published code does (`norton_authors.py`); `--method ours` prunes by norm
 with a refit, and decomposes layer after layer, from unlabelled training images. Then both are fine-tuned.
-The last state of the training counts, not the best on test images. (Structure and recipe of --scale minutes were changed
+The last state of training counts, not the best on test images. (Structure and recipe of --scale minutes were changed
 after a first run had been seen on them: docs/norton.md.)
 
     python norton_cifar10.py --rows r56-37 r56-73             # ResNet-56 from its real weights, minutes on a CPU
