@@ -12,8 +12,11 @@ Every finished run is kept, so an interrupted table goes on where it stopped; th
 # SPDX-License-Identifier: BSD-3-Clause
 
 import argparse
+import ctypes
 import json
 import math
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -75,38 +78,53 @@ class LeNet5(nn.Module):
         return self.ip2(torch.relu(self.ip1(x)))
 
 
-class _ConvPool(torch.autograd.Function):
-    """5x5 convolution and 2x2 max-pool as one product with 6x6 patches; images last, (channels, h, h, images)."""
+def _compiled():
+    """The library of conv_pool.c, or None where there is no C compiler."""
+    source = Path(__file__).parent / "conv_pool.c"
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "conv_pool.so"
+        try:
+            subprocess.run(["cc", "-O3", "-march=native", "-shared", "-fPIC", "-o", target, source], check=True)
+            return ctypes.CDLL(str(target))
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"no C compiler ({error}): the convolutions take torch's own layers, about six times slower")
+            return None
+
+
+def _pointer(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+class ConvPool(torch.autograd.Function):
+    """5x5 convolution without bias and 2x2 max-pool of (images, channels, h, h)."""
+
+    library = None
 
     @staticmethod
     def forward(ctx, x, weight):
-        (c, h, _, n), o = x.shape, len(weight)
+        x, weight = x.contiguous(), weight.contiguous()
+        (n, c, h, _), o = x.shape, len(weight)
         m = (h - 4) // 2
-        patches = torch.empty(c, 36, m, m, n)
-        for k in range(36):
-            patches[:, k] = x[:, k // 6 : k // 6 + 2 * m : 2, k % 6 : k % 6 + 2 * m : 2]
-        patches = patches.view(c * 36, -1)
-        shifted = torch.cat([F.pad(weight, (j, 1 - j, i, 1 - i)).reshape(o, -1) for i in (0, 1) for j in (0, 1)])
-        z = (shifted @ patches).view(4, o, -1)
-        out = torch.maximum(torch.maximum(z[0], z[1]), torch.maximum(z[2], z[3]))
-        ctx.save_for_backward(patches, shifted, z == out)
-        ctx.sizes, ctx.needs_x = (c, h, m, n, o), x.requires_grad
-        return out.view(o, m, m, n)
+        out, which = torch.empty(n, o, m, m), torch.empty(n, o, m, m, dtype=torch.uint8)
+        ConvPool.library.conv_pool_forward(_pointer(x), _pointer(weight), n, o, c, h, _pointer(out), _pointer(which))
+        ctx.save_for_backward(x, weight, which)
+        ctx.needs_x = x.requires_grad
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        patches, shifted, chosen = ctx.saved_tensors
-        c, h, m, n, o = ctx.sizes
-        dz = (chosen * grad.reshape(1, o, -1)).view(4 * o, -1)
-        dw = (dz @ patches.t()).view(2, 2, o, c, 6, 6)
-        grad_weight = sum(dw[i, j][:, :, i : i + 5, j : j + 5] for i in (0, 1) for j in (0, 1))
-        if not ctx.needs_x:
-            return None, grad_weight
-        dp = (shifted.t() @ dz).view(c, 36, m, m, n)
-        grad_x = torch.zeros(c, h, h, n)
-        for k in range(36):
-            grad_x[:, k // 6 : k // 6 + 2 * m : 2, k % 6 : k % 6 + 2 * m : 2] += dp[:, k]
-        return grad_x, grad_weight
+        x, weight, which = ctx.saved_tensors
+        (n, c, h, _), o = x.shape, len(weight)
+        of_weight = torch.zeros(o, c, 5, 8)
+        of_x = torch.zeros_like(x) if ctx.needs_x else None
+        ConvPool.library.conv_pool_backward(_pointer(grad.contiguous()), _pointer(which), _pointer(x), _pointer(weight),
+                                            n, o, c, h, _pointer(of_weight), _pointer(of_x))
+        return of_x, of_weight[..., :5]
+
+
+def conv_pool(x, weight):
+    """By conv_pool.c where it could be compiled: few channels are what torch's convolutions are slow at."""
+    return ConvPool.apply(x, weight) if ConvPool.library else F.max_pool2d(F.conv2d(x, weight), 2)
 
 
 class NarrowLeNet5(nn.Module):
@@ -119,10 +137,8 @@ class NarrowLeNet5(nn.Module):
         self.ip1, self.ip2 = nn.Linear(16 * b, hidden), nn.Linear(hidden, 10)
 
     def forward(self, x):
-        n = len(x)
-        x = _ConvPool.apply(x.t().contiguous().view(1, 28, 28, n), self.conv1.weight)
-        x = _ConvPool.apply(x, self.conv2.weight).reshape(-1, n).t()
-        return self.ip2(torch.relu(self.ip1(x)))
+        x = conv_pool(x.view(-1, 1, 28, 28), self.conv1.weight)
+        return self.ip2(torch.relu(self.ip1(conv_pool(x, self.conv2.weight).flatten(1))))
 
 
 def initialise(model):
@@ -133,9 +149,14 @@ def initialise(model):
 
 
 def in_full_size(narrow, steps, pixels=None):
-    """The LeNet whose first units are those of the narrow network and whose others are zero, and its file's content."""
+    """The LeNet whose first units are those of the narrow network and whose others are zero, and its file's content.
+
+    Steps are rounded to bfloat16: two bytes instead of four in the file.
+    """
     full = LeNet300() if isinstance(narrow, LeNet300) else LeNet5()
-    state = narrow.state_dict()
+    rounded = {n: float(torch.tensor(step).bfloat16()) for n, step in steps.items()}
+    state = {n: (value / steps[n]).round() * rounded[n] for n, value in narrow.state_dict().items() if n in steps}
+    steps = rounded
     with torch.no_grad():
         for name, p in full.named_parameters():
             p.zero_()
@@ -146,8 +167,8 @@ def in_full_size(narrow, steps, pixels=None):
                 p[: len(value), pixels] = value
             else:
                 p[tuple(slice(k) for k in value.shape)] = value
-    rules = {n: skfactor.UniformQuantizer(steps.get(n, 1.0), unit="absolute", entropy_weight=0.0)
-             for n, _ in full.named_parameters()}
+    rules = {n: skfactor.UniformQuantizer(steps.get(n, 1.0), unit="absolute", entropy_weight=0.0) if p.any() else None
+             for n, p in full.named_parameters()}  # zeros alone take fewer bytes without a quantiser
     return skfactor.compress(full, rules, progress=False)
 
 
@@ -203,6 +224,42 @@ def images(data, cache=None):
             pixels(X_test), torch.from_numpy(y_test).long())
 
 
+def teacher_logits(pool, labels, cache=None):
+    """What a convolutional network of 60,000 weights, trained on the same images, answers to all of them; float16."""
+    path = Path(cache) / "logits.npy" if cache else None
+    if path is not None and path.exists():
+        return np.load(path)
+    torch.manual_seed(0)
+
+    def block(c, o):
+        return nn.Sequential(nn.Conv2d(c, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
+
+    net = nn.Sequential(block(1, 24), block(24, 48), block(48, 96), nn.Flatten(), nn.Dropout(0.3), nn.Linear(96 * 9, 10))
+    n, batch, epochs = len(labels), 200, 8
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, epochs * (n // batch), pct_start=0.2)
+    for epoch in range(epochs):
+        order = torch.randperm(n)
+        for b in range(n // batch):
+            some = order[b * batch : (b + 1) * batch].sort()[0]
+            x = torch.from_numpy(pool[(epoch + 1) % N_VARIANTS, some.numpy()]).float().view(-1, 1, 28, 28) / 256
+            loss = F.cross_entropy(net(x), labels[some], label_smoothing=0.02)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    net.eval()
+    out = np.empty((N_VARIANTS, n, 10), np.float16)
+    with torch.no_grad():
+        for k in range(N_VARIANTS):
+            for s in range(0, n, 1000):
+                out[k, s : s + 1000] = net(torch.from_numpy(np.array(pool[k, s : s + 1000])).float().view(-1, 1, 28, 28)
+                                           / 256).numpy()
+    if path is not None:
+        np.save(path, out)
+    return out
+
+
 @torch.no_grad()
 def error_of(model, X, y):
     """Wrong answers in per cent."""
@@ -213,12 +270,13 @@ def error_of(model, X, y):
 # --- training ---------------------------------------------------------------------------------------
 
 
-def train(model, pool, labels, price, group, epochs, seed, *, lr=2e-3, batch=200, plain=0.25):
+def train(model, pool, labels, price, group, epochs, seed, *, lr=2e-3, batch=200, plain=0.25, teacher=None,
+          soft=0.8, temperature=3.0, ramp=0.2, watch=None):
     """Adam with a cosine schedule; the price of bytes grows over the first fifth. Returns the method."""
     n = len(labels)
     method = EntropyTraining(model, rate_weight=8 * price / n, group_weight=group / n)
     full_price, full_group = method.rate_weight, method.group_weight
-    optimizer = torch.optim.Adam(method.parameter_groups(lr))
+    optimizer = torch.optim.Adam(method.parameter_groups(lr), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * i / (epochs * (n // batch)))))
     rng = np.random.RandomState(1000 + seed)
@@ -226,17 +284,25 @@ def train(model, pool, labels, price, group, epochs, seed, *, lr=2e-3, batch=200
         variant = np.where(rng.rand(n) < plain, 0, rng.randint(1, N_VARIANTS, n))
         order = rng.permutation(n)
         for b in range(n // batch):
-            grown = min(1.0, (epoch + b * batch / n) / (0.2 * epochs))
+            grown = min(1.0, (epoch + b * batch / n) / (ramp * epochs))
             method.rate_weight, method.group_weight = full_price * grown, full_group * grown
             some = order[b * batch : (b + 1) * batch]
             x = torch.from_numpy(pool[variant[some], some]).float().div_(256)
-            loss = F.cross_entropy(method.model(x), labels[some]) + method.penalty()
+            out = method.model(x)
+            loss = F.cross_entropy(out, labels[some])
+            if teacher is not None:
+                wanted = (torch.from_numpy(teacher[variant[some], some]).float() / temperature).softmax(1)
+                far = F.kl_div(F.log_softmax(out / temperature, 1), wanted, reduction="batchmean")
+                loss = (1 - soft) * loss + soft * temperature**2 * far
+            loss = loss + method.penalty()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             method.after_step()
             schedule.step()
         method.after_epoch()
+        if watch:
+            watch(epoch, method)
     return method
 
 
@@ -320,6 +386,7 @@ def main():
         write_tables(Path(args.docs))
         return
     torch.set_num_threads(1)
+    ConvPool.library = _compiled()
     folder = RESULTS / "lenets"
     folder.mkdir(parents=True, exist_ok=True)
     out = RESULTS / f"smallest_lenets_{args.net}.json"
