@@ -36,31 +36,29 @@ PUBLISHED = {
     "5": [("Deep Compression", 39, 0.74), ("soft weight-sharing", 162, 0.97), ("Bayesian compression", 771, 1.0),
           ("MIRACLE", 1110, 0.96), ("MIRACLE", 555, 0.69)],
 }
-# name: (bytes aimed at, widths, price of a bit in 1/N nats, group weight in 1/N nats, epochs). Prices were set by
-# the size of the file that they give. "2666" was a run for 3,554 bytes that came out smaller.
+# name: (limit in bytes, widths, first price of a bit in 1/N nats, group weight in 1/N nats, epochs, part of images as
+# they are, not distorted)
 POINTS = {
-    "300": {"2666": (2666, (56, 32), 0.50, 1.0, 30), "3554": (3554, (56, 32), 0.33, 1.0, 30),
-            "4443": (4443, (56, 32), 0.245, 1.0, 30),
-            "7109": (7109, (64, 40), 0.13, 1.0, 30)},
-    "5": {"1550": (1550, (5, 10, 32), 0.55, 1.5, 45), "3107": (3107, (6, 12, 40), 0.10, 1.0, 20)},
+    "300": {"3554": (3554, (56, 32), 0.20, 1.0, 40, 0.75), "4443": (4443, (56, 32), 0.12, 1.0, 40, 0.75),
+            "7109": (7109, (64, 40), 0.05, 1.0, 40, 0.5)},
+    "5": {"1550": (1550, (6, 12, 40), 0.40, 1.5, 50, 0.75), "3107": (3107, (6, 12, 40), 0.10, 1.5, 50, 0.75)},
 }
+RAMP, MARGIN = 0.2, 0.988  # part of the epochs in which the price grows; size aimed at, in limits
 
 
 # --- networks ---------------------------------------------------------------------------------------
 
 
 class LeNet300(nn.Module):
-    """784-300-100-10 on pixels / 256; other widths for training, on some of the pixels."""
+    """784-300-100-10 on pixels / 256; other widths for training, on those pixels that are not always black."""
 
-    def __init__(self, widths=(300, 100), pixels=None):
+    def __init__(self, widths=(300, 100), n_pixels=784):
         super().__init__()
-        self.pixels = pixels
-        self.ip1 = nn.Linear(784 if pixels is None else len(pixels), widths[0])
+        self.ip1 = nn.Linear(n_pixels, widths[0])
         self.ip2 = nn.Linear(widths[0], widths[1])
         self.ip3 = nn.Linear(widths[1], 10)
 
-    def forward(self, x):  # (batch, 784)
-        x = x if self.pixels is None else x[:, self.pixels]
+    def forward(self, x):
         return self.ip3(torch.relu(self.ip2(torch.relu(self.ip1(x)))))
 
 
@@ -224,42 +222,6 @@ def images(data, cache=None):
             pixels(X_test), torch.from_numpy(y_test).long())
 
 
-def teacher_logits(pool, labels, cache=None):
-    """What a convolutional network of 60,000 weights, trained on the same images, answers to all of them; float16."""
-    path = Path(cache) / "logits.npy" if cache else None
-    if path is not None and path.exists():
-        return np.load(path)
-    torch.manual_seed(0)
-
-    def block(c, o):
-        return nn.Sequential(nn.Conv2d(c, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
-
-    net = nn.Sequential(block(1, 24), block(24, 48), block(48, 96), nn.Flatten(), nn.Dropout(0.3), nn.Linear(96 * 9, 10))
-    n, batch, epochs = len(labels), 200, 8
-    optimizer = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, epochs * (n // batch), pct_start=0.2)
-    for epoch in range(epochs):
-        order = torch.randperm(n)
-        for b in range(n // batch):
-            some = order[b * batch : (b + 1) * batch].sort()[0]
-            x = torch.from_numpy(pool[(epoch + 1) % N_VARIANTS, some.numpy()]).float().view(-1, 1, 28, 28) / 256
-            loss = F.cross_entropy(net(x), labels[some], label_smoothing=0.02)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    net.eval()
-    out = np.empty((N_VARIANTS, n, 10), np.float16)
-    with torch.no_grad():
-        for k in range(N_VARIANTS):
-            for s in range(0, n, 1000):
-                out[k, s : s + 1000] = net(torch.from_numpy(np.array(pool[k, s : s + 1000])).float().view(-1, 1, 28, 28)
-                                           / 256).numpy()
-    if path is not None:
-        np.save(path, out)
-    return out
-
-
 @torch.no_grad()
 def error_of(model, X, y):
     """Wrong answers in per cent."""
@@ -270,12 +232,15 @@ def error_of(model, X, y):
 # --- training ---------------------------------------------------------------------------------------
 
 
-def train(model, pool, labels, price, group, epochs, seed, *, lr=2e-3, batch=200, plain=0.25, teacher=None,
-          soft=0.8, temperature=3.0, ramp=0.2, watch=None):
-    """Adam with a cosine schedule; the price of bytes grows over the first fifth. Returns the method."""
+def train(model, pool, labels, settings, seed, size_of, *, lr=8e-3, batch=400):
+    """Adam with a cosine schedule. Returns the method.
+
+    The price of a byte grows over the first epochs; then, every other epoch, it follows the size of the file: dearer
+    above the limit, cheaper below.
+    """
+    limit, _, price, group, epochs, plain = settings
     n = len(labels)
-    method = EntropyTraining(model, rate_weight=8 * price / n, group_weight=group / n)
-    full_price, full_group = method.rate_weight, method.group_weight
+    method = EntropyTraining(model)
     optimizer = torch.optim.Adam(method.parameter_groups(lr), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * i / (epochs * (n // batch)))))
@@ -284,54 +249,55 @@ def train(model, pool, labels, price, group, epochs, seed, *, lr=2e-3, batch=200
         variant = np.where(rng.rand(n) < plain, 0, rng.randint(1, N_VARIANTS, n))
         order = rng.permutation(n)
         for b in range(n // batch):
-            grown = min(1.0, (epoch + b * batch / n) / (ramp * epochs))
-            method.rate_weight, method.group_weight = full_price * grown, full_group * grown
+            grown = min(1.0, (epoch + b * batch / n) / (RAMP * epochs))
+            method.rate_weight, method.group_weight = 8 * price * grown / n, group * grown / n
             some = order[b * batch : (b + 1) * batch]
             x = torch.from_numpy(pool[variant[some], some]).float().div_(256)
-            out = method.model(x)
-            loss = F.cross_entropy(out, labels[some])
-            if teacher is not None:
-                wanted = (torch.from_numpy(teacher[variant[some], some]).float() / temperature).softmax(1)
-                far = F.kl_div(F.log_softmax(out / temperature, 1), wanted, reduction="batchmean")
-                loss = (1 - soft) * loss + soft * temperature**2 * far
-            loss = loss + method.penalty()
+            loss = F.cross_entropy(method.model(x), labels[some]) + method.penalty()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             method.after_step()
             schedule.step()
         method.after_epoch()
-        if watch:
-            watch(epoch, method)
+        if epoch + 1 >= RAMP * epochs and epoch % 2:
+            price *= min(1.25, max(0.8, (size_of(method) / (MARGIN * limit)) ** 0.7))
     return method
 
 
 def run(net, point, seed, data, folder):
     """One network: train, put into full size, save, measure the file that was written."""
-    limit, widths, price, group, epochs = POINTS[net][point]
+    settings = POINTS[net][point]
+    limit, widths, _, _, epochs, _ = settings
     pool, labels, X_val, y_val, X_test, y_test = data
     torch.manual_seed(seed)
     start = time.process_time()
     pixels = None
     if net == "300":
         pixels = np.flatnonzero(np.asarray(pool[0], np.float32).mean(0) > 1.0)
-        model = LeNet300(widths, torch.from_numpy(pixels))
+        pool = pool[:, :, pixels]
+        model = LeNet300(widths, len(pixels))
     else:
         model = NarrowLeNet5(widths)
     initialise(model)
-    method = train(model, pool, labels, price, group, epochs, seed)
-    narrow = method.finish().model
     path = folder / f"lenet{net}_{point}_seed{seed}.skf"
-    in_full_size(narrow, method.steps(), pixels).save(path)
+    log = []
+
+    def size_of(method):
+        in_full_size(method.finish().model, method.steps(), pixels).save(path)
+        log.append(path.stat().st_size)
+        return log[-1]
+
+    method = train(model, pool, labels, settings, seed, size_of)
+    n_bytes = size_of(method)
     fresh = skfactor.load_into(LeNet300() if net == "300" else LeNet5(), path)
-    n_bytes = path.stat().st_size
     n_params = sum(p.numel() for p in fresh.parameters())
-    return {"net": net, "point": point, "seed": seed, "limit": limit, "widths": widths, "price": price, "group": group,
-            "epochs": epochs, "bytes": n_bytes, "ratio": round(4 * n_params / n_bytes, 1),
-            "validation_error": round(error_of(fresh, X_val, y_val), 3),
+    return {"net": net, "point": point, "seed": seed, "limit": limit, "widths": widths, "epochs": epochs,
+            "last_price": round(method.rate_weight * len(labels) / 8, 4), "bytes": n_bytes,
+            "ratio": round(4 * n_params / n_bytes, 1), "validation_error": round(error_of(fresh, X_val, y_val), 3),
             "test_error": round(error_of(fresh, X_test, y_test), 3), "file": path.name,
             "nonzero": sum(int((p != 0).sum()) for p in fresh.parameters()),
-            "cpu_seconds": round(time.process_time() - start)}
+            "cpu_seconds": round(time.process_time() - start), "sizes": log}
 
 
 # --- table ------------------------------------------------------------------------------------------
