@@ -13,18 +13,9 @@ typedef int32_t ivec __attribute__((vector_size(32)));
 enum { MAX_PIXELS = 64 * 28 * 28, MAX_WEIGHTS = 64 * 64 * 25, MAX_POOLED = 12 * 12 };
 
 static vec lanes[MAX_PIXELS];
-static float pairs[2 * MAX_WEIGHTS];
 static float image[MAX_PIXELS + 8];
 
 static vec spread(float v) { return (vec){v, v, v, v, v, v, v, v}; }
-
-/* Weights of two filters side by side; a filter of zeros stands beside the last of an odd number. */
-static void pair_up(const float *w, int o, int taps) {
-    for (int p = 0; p < (o + 1) / 2; p++)
-        for (int k = 0; k < taps; k++)
-            for (int s = 0; s < 2; s++)
-                pairs[(p * taps + k) * 2 + s] = 2 * p + s < o ? w[(2 * p + s) * taps + k] : 0.0f;
-}
 
 static void keep(vec *z, float *out, uint8_t *arg, int stride, int images) {
     vec best = z[0];
@@ -40,34 +31,40 @@ static void keep(vec *z, float *out, uint8_t *arg, int stride, int images) {
     }
 }
 
+/* Two positions side by side, m is even; taps of weight zero are left out. */
 void conv_pool_forward(const float *x, const float *w, int n, int o, int c, int h, float *out, uint8_t *arg) {
-    int m = (h - 4) / 2, pixels = c * h * h, taps = c * 25;
-    pair_up(w, o, taps);
+    static int place[MAX_WEIGHTS], first_tap[65];
+    static float value[MAX_WEIGHTS];
+    int m = (h - 4) / 2, pixels = c * h * h, taps = 0;
+    for (int f = 0; f < o; f++) {
+        first_tap[f] = taps;
+        for (int k = 0; k < c * 25; k++)
+            if (w[f * c * 25 + k] != 0.0f) {
+                value[taps] = w[f * c * 25 + k];
+                place[taps++] = k / 25 * h * h + k % 25 / 5 * h + k % 5;
+            }
+    }
+    first_tap[o] = taps;
     for (int first = 0; first < n; first += LANES) {
         int images = n - first < LANES ? n - first : LANES;
         for (int k = 0; k < pixels; k++)
             for (int i = 0; i < LANES; i++)
                 lanes[k][i] = i < images ? x[(size_t)(first + i) * pixels + k] : 0.0f;
-        for (int p = 0; p < (o + 1) / 2; p++)
-            for (int py = 0; py < m; py++)
-                for (int px = 0; px < m; px++) {
-                    vec a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0};
-                    for (int ch = 0; ch < c; ch++) {
-                        const vec *in = lanes + ch * h * h + 2 * py * h + 2 * px;
-                        const float *k = pairs + (size_t)(p * c + ch) * 50;
-                        for (int ky = 0; ky < 5; ky++, in += h)
-                            for (int kx = 0; kx < 5; kx++, k += 2) {
-                                vec u = spread(k[0]), v = spread(k[1]);
-                                a0 += u * in[kx], a1 += u * in[kx + 1], a2 += u * in[kx + h], a3 += u * in[kx + h + 1];
-                                b0 += v * in[kx], b1 += v * in[kx + 1], b2 += v * in[kx + h], b3 += v * in[kx + h + 1];
-                            }
-                    }
-                    size_t at = ((size_t)first * o + 2 * p) * m * m + py * m + px;
-                    vec a[4] = {a0, a1, a2, a3}, b[4] = {b0, b1, b2, b3};
-                    keep(a, out + at, arg + at, o * m * m, images);
-                    if (2 * p + 1 < o)
-                        keep(b, out + at + m * m, arg + at + m * m, o * m * m, images);
+        for (int f = 0; f < o; f++)
+            for (int p = 0; p < m * m; p += 2) {
+                const vec *corner = lanes + 2 * (p / m) * h + 2 * (p % m);
+                vec a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0};
+                for (int t = first_tap[f]; t < first_tap[f + 1]; t++) {
+                    const vec *in = corner + place[t];
+                    vec u = spread(value[t]);
+                    a0 += u * in[0], a1 += u * in[1], a2 += u * in[h], a3 += u * in[h + 1];
+                    b0 += u * in[2], b1 += u * in[3], b2 += u * in[h + 2], b3 += u * in[h + 3];
                 }
+                size_t at = ((size_t)first * o + f) * m * m + p;
+                vec a[4] = {a0, a1, a2, a3}, b[4] = {b0, b1, b2, b3};
+                keep(a, out + at, arg + at, o * m * m, images);
+                keep(b, out + at + 1, arg + at + 1, o * m * m, images);
+            }
     }
 }
 
