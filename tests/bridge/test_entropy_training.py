@@ -107,6 +107,20 @@ def test_codes_in_busy_rows_and_columns_are_cheaper():
     assert margin[0, 0] < margin[5, 0] < margin[5, 5]
 
 
+def test_prices_are_read_off_the_codes_every_hundred_steps():
+    method = EntropyTraining(net(), rate_weight=1e-3)
+    before = method._coded[0].margin.clone()
+    with torch.no_grad():
+        method._coded[0].original[10:] = 0.0
+    for _ in range(99):
+        method.after_step()
+    assert torch.equal(method._coded[0].margin, before)
+    method.after_step()
+    after = method._coded[0].margin
+    assert (after[10:] > before[10:]).all()  # a code in a row of zeros is dear
+    assert (after[:10].mean() < after[10:].mean())
+
+
 def test_training_keeps_the_answer_and_shrinks_the_file(tmp_path):
     method, x, y = trained()
     result = method.finish()
