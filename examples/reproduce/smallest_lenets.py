@@ -232,7 +232,7 @@ def error_of(model, X, y):
 # --- training ---------------------------------------------------------------------------------------
 
 
-def train(model, pool, labels, settings, seed, size_of, *, lr=8e-3, batch=400):
+def train(model, pool, labels, settings, seed, size_of, *, lr=6e-3, batch=400):
     """Adam with a cosine schedule. Returns the method.
 
     The price of a byte grows over the first epochs; then, every other epoch, it follows the size of the file: dearer
