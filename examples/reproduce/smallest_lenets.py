@@ -39,11 +39,12 @@ PUBLISHED = {
 # name: (limit in bytes, size that the price aims at, widths, first price of a bit in 1/N nats, group weight,
 # epochs, part of images as they are, not distorted). A file ends up some per cent below its aim: late steps are small.
 POINTS = {
-    "300": {"3554": (3554, 3650, (56, 32), 0.20, 1.0, 30, 0.75), "4443": (4443, 4560, (56, 32), 0.12, 1.0, 40, 0.75),
-            "7109": (7109, 7290, (64, 40), 0.03, 0.4, 50, 0.5)},
+    "300": {"3554": (3554, 3650, (56, 32), 0.16, 0.6, 40, 0.75), "4443": (4443, 4560, (64, 40), 0.09, 0.4, 40, 0.75),
+            "7109": (7109, 7290, (64, 40), 0.03, 0.3, 50, 0.5)},
     "5": {"1550": (1550, 1531.4, (6, 12, 40), 0.40, 1.5, 50, 0.75),
           "3107": (3107, 3190, (6, 12, 40), 0.08, 0.6, 50, 0.75)},
 }
+LEARNING_RATE = {"300": 4e-3, "5": 6e-3}
 RAMP = 0.2  # part of the epochs in which the price grows
 
 
@@ -233,7 +234,7 @@ def error_of(model, X, y):
 # --- training ---------------------------------------------------------------------------------------
 
 
-def train(model, pool, labels, settings, seed, size_of, *, lr=6e-3, batch=400):
+def train(model, pool, labels, settings, seed, size_of, *, lr, batch=400):
     """Adam with a cosine schedule. Returns the method.
 
     The price of a byte grows over the first epochs; then, every other epoch, it follows the size of the file: dearer
@@ -289,7 +290,7 @@ def run(net, point, seed, data, folder):
         log.append(path.stat().st_size)
         return log[-1]
 
-    method = train(model, pool, labels, settings, seed, size_of)
+    method = train(model, pool, labels, settings, seed, size_of, lr=LEARNING_RATE[net])
     n_bytes = size_of(method)
     fresh = skfactor.load_into(LeNet300() if net == "300" else LeNet5(), path)
     n_params = sum(p.numel() for p in fresh.parameters())
