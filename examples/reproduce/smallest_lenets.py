@@ -39,7 +39,7 @@ PUBLISHED = {
 # name: (limit in bytes, size that the price aims at, widths, first price of a bit in 1/N nats, group weight,
 # epochs, part of images as they are, not distorted). A file ends up some per cent below its aim: late steps are small.
 POINTS = {
-    "300": {"3554": (3554, 3650, (56, 32), 0.16, 0.6, 40, 0.6), "4443": (4443, 4560, (64, 40), 0.09, 0.4, 40, 0.45),
+    "300": {"3554": (3554, 3650, (64, 40), 0.16, 0.5, 40, 0.6), "4443": (4443, 4560, (64, 40), 0.09, 0.4, 40, 0.45),
             "7109": (7109, 7290, (64, 40), 0.03, 0.3, 50, 0.2)},
     "5": {"1550": (1550, 1531.4, (6, 12, 40), 0.40, 1.5, 50, 0.75),
           "3107": (3107, 3190, (6, 12, 40), 0.08, 0.6, 50, 0.4)},
