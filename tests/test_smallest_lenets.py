@@ -98,7 +98,7 @@ def test_price_follows_the_size_of_the_file():
         model = module.LeNet300((16, 12), 40)
         module.initialise(model)
         settings = (None, limit, None, 0.05, 0.0, 12, 0.5)
-        method = module.train(model, pool, labels, settings, 0, lambda m: m.estimated_bytes(), lr=6e-3, batch=50)
+        method = module.train(model, pool, labels, settings, 0, lambda m: m.estimated_bytes(), batch=50)
         sizes[limit] = method.estimated_bytes()
         assert (method.rate_weight > 8 * 0.05 / 500) == (sizes[limit] > limit)
     assert sizes[200] < sizes[600]

@@ -30,6 +30,7 @@ from skfactor.bridge.training.entropy import EntropyTraining
 
 RESULTS = Path(__file__).parent / "results"
 N_VARIANTS, N_VALIDATION = 8, 5000
+N_JUDGED = 10_000  # training images that judge a network together with the validation images
 PUBLISHED = {
     "300": [("Deep Compression", 40, 1.58), ("soft weight-sharing", 64, 1.94),
             ("sparse variational dropout", 113, 1.8)],
@@ -39,13 +40,12 @@ PUBLISHED = {
 # name: (limit in bytes, size that the price aims at, widths, first price of a bit in 1/N nats, group weight,
 # epochs, part of images as they are, not distorted). A file ends up some per cent below its aim: late steps are small.
 POINTS = {
-    "300": {"3554": (3554, 3650, (64, 40), 0.16, 0.5, 40, 0.6), "4443": (4443, 4560, (64, 40), 0.09, 0.4, 40, 0.45),
-            "7109": (7109, 7290, (64, 40), 0.03, 0.3, 50, 0.2)},
-    "5": {"1550": (1550, 1531.4, (6, 12, 40), 0.40, 1.5, 50, 0.75),
-          "3107": (3107, 3190, (6, 12, 40), 0.08, 0.6, 50, 0.4)},
+    "300": {"3554": (3554, 3620, (56, 32), 0.20, 1.0, 40, 0.75), "4443": (4443, 4530, (64, 40), 0.09, 0.4, 40, 0.6),
+            "7109": (7109, 7250, (64, 40), 0.03, 0.4, 50, 0.4)},
+    "5": {"1550": (1550, 1590, (6, 12, 40), 0.40, 1.5, 50, 0.75),
+          "3107": (3107, 3180, (6, 12, 40), 0.08, 0.6, 50, 0.6)},
 }
-LEARNING_RATE = {"300": 4e-3, "5": 6e-3}
-RAMP = 0.2  # part of the epochs in which the price grows
+RAMP, LAST = 0.2, 0.3  # parts of the epochs: while the price grows; whose networks are looked at for the best
 
 
 # --- networks ---------------------------------------------------------------------------------------
@@ -234,11 +234,12 @@ def error_of(model, X, y):
 # --- training ---------------------------------------------------------------------------------------
 
 
-def train(model, pool, labels, settings, seed, size_of, *, lr, batch=400):
+def train(model, pool, labels, settings, seed, size_of, keep=None, *, lr=6e-3, batch=400):
     """Adam with a cosine schedule. Returns the method.
 
     The price of a byte grows over the first epochs; then, every other epoch, it follows the size of the file: dearer
-    above the aim, cheaper below.
+    above the aim, cheaper below. Codes on the edge between two values jump to and fro until the end: `keep` sees every
+    network of the last epochs, and may keep the best.
     """
     _, aim, _, price, group, epochs, plain = settings
     n = len(labels)
@@ -262,8 +263,12 @@ def train(model, pool, labels, settings, seed, size_of, *, lr, batch=400):
             method.after_step()
             schedule.step()
         method.after_epoch()
-        if epoch + 1 >= RAMP * epochs and epoch % 2:
-            price *= min(1.25, max(0.8, (size_of(method) / aim) ** 0.7))
+        late = epoch >= (1 - LAST) * epochs
+        if late or (epoch + 1 >= RAMP * epochs and epoch % 2):
+            size = size_of(method)
+            price *= min(1.25, max(0.8, (size / aim) ** (0.35 if late else 0.7)))
+            if late and keep:
+                keep(method, size)
     return method
 
 
@@ -290,13 +295,23 @@ def run(net, point, seed, data, folder):
         log.append(path.stat().st_size)
         return log[-1]
 
-    method = train(model, pool, labels, settings, seed, size_of, lr=LEARNING_RATE[net])
-    n_bytes = size_of(method)
+    shown = slice(None) if pixels is None else pixels
+    judges = [(X_val[:, shown], y_val), (torch.from_numpy(pool[0, :N_JUDGED]).float() / 256, labels[:N_JUDGED])]
+    best = (True, math.inf, b"")
+
+    def keep(method, size):
+        nonlocal best
+        narrow = method.finish().model
+        best = min(best, (size > limit, sum(error_of(narrow, X, y) for X, y in judges), path.read_bytes()))
+
+    train(model, pool, labels, settings, seed, size_of, keep)
+    path.write_bytes(best[2])
+    n_bytes = len(best[2])
     fresh = skfactor.load_into(LeNet300() if net == "300" else LeNet5(), path)
     n_params = sum(p.numel() for p in fresh.parameters())
     return {"net": net, "point": point, "seed": seed, "limit": limit, "widths": widths, "epochs": epochs,
-            "last_price": round(method.rate_weight * len(labels) / 8, 4), "bytes": n_bytes,
-            "ratio": round(4 * n_params / n_bytes, 1), "validation_error": round(error_of(fresh, X_val, y_val), 3),
+            "bytes": n_bytes, "ratio": round(4 * n_params / n_bytes, 1),
+            "validation_error": round(error_of(fresh, X_val, y_val), 3),
             "test_error": round(error_of(fresh, X_test, y_test), 3), "file": path.name,
             "nonzero": sum(int((p != 0).sum()) for p in fresh.parameters()),
             "cpu_seconds": round(time.process_time() - start), "sizes": log}
