@@ -102,3 +102,28 @@ def test_price_follows_the_size_of_the_file():
         sizes[limit] = method.estimated_bytes()
         assert (method.rate_weight > 8 * 0.05 / 500) == (sizes[limit] > limit)
     assert sizes[200] < sizes[600]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("net", ["300", "5"])
+def test_run_keeps_the_best_network_within_the_limit(net, tmp_path, monkeypatch):
+    """Limits between the sizes of the last networks: the row and the file are those of one of them below the limit."""
+    module = script()
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy(rng.integers(0, 10, 800))
+    centres = rng.integers(0, 200, (10, 784))
+    pool = np.clip(centres[labels] + rng.normal(0, 40, (8, 800, 784)), 0, 255).astype(np.uint8)
+    X = torch.from_numpy(pool[1, :100]).float() / 256
+    data = (pool, labels, X, labels[:100], X[:50], labels[:50])
+    widths = (12, 8) if net == "300" else (3, 4, 8)
+    first = None
+    for limit in (10_000_000, None):
+        limit = limit or int(np.median(first["sizes"][-3:])) + 1
+        monkeypatch.setitem(module.POINTS, net, {"t": (limit, 1000, widths, 2.0, 1.0, 10, 0.5)})
+        row = module.run(net, "t", 0, data, tmp_path)
+        first = first or row
+        model = skfactor.load_into(fresh(net), tmp_path / row["file"])
+        assert (tmp_path / row["file"]).stat().st_size == row["bytes"] <= limit
+        assert row["bytes"] in row["sizes"][-3:]
+        assert row["validation_error"] == module.error_of(model, X, labels[:100])
+    assert row["sizes"] == first["sizes"]  # what is kept does not change the training
