@@ -12,8 +12,11 @@ Every finished run is kept, so an interrupted table goes on where it stopped; th
 # SPDX-License-Identifier: BSD-3-Clause
 
 import argparse
+import ctypes
 import json
 import math
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,37 +30,37 @@ from skfactor.bridge.training.entropy import EntropyTraining
 
 RESULTS = Path(__file__).parent / "results"
 N_VARIANTS, N_VALIDATION = 8, 5000
+N_JUDGED = 10_000  # training images that judge a network together with the validation images
 PUBLISHED = {
     "300": [("Deep Compression", 40, 1.58), ("soft weight-sharing", 64, 1.94),
             ("sparse variational dropout", 113, 1.8)],
     "5": [("Deep Compression", 39, 0.74), ("soft weight-sharing", 162, 0.97), ("Bayesian compression", 771, 1.0),
           ("MIRACLE", 1110, 0.96), ("MIRACLE", 555, 0.69)],
 }
-# name: (bytes aimed at, widths, price of a bit in 1/N nats, group weight in 1/N nats, epochs). Prices were set by
-# the size of the file that they give. "2666" was a run for 3,554 bytes that came out smaller.
+# name: (limit in bytes, size that the price aims at, widths, first price of a bit in 1/N nats, group weight,
+# epochs, part of images as they are, not distorted). A file ends up some per cent below its aim: late steps are small.
 POINTS = {
-    "300": {"2666": (2666, (56, 32), 0.50, 1.0, 30), "3554": (3554, (56, 32), 0.33, 1.0, 30),
-            "4443": (4443, (56, 32), 0.245, 1.0, 30),
-            "7109": (7109, (64, 40), 0.13, 1.0, 30)},
-    "5": {"1550": (1550, (5, 10, 32), 0.55, 1.5, 45), "3107": (3107, (6, 12, 40), 0.10, 1.0, 20)},
+    "300": {"3554": (3554, 3620, (56, 32), 0.20, 1.0, 40, 0.75), "4443": (4443, 4530, (64, 40), 0.09, 0.4, 40, 0.6),
+            "7109": (7109, 7250, (64, 40), 0.03, 0.4, 50, 0.4)},
+    "5": {"1550": (1550, 1590, (6, 12, 40), 0.40, 1.5, 50, 0.75),
+          "3107": (3107, 3180, (6, 12, 40), 0.08, 0.6, 50, 0.6)},
 }
+RAMP, LAST = 0.2, 0.3  # parts of the epochs: while the price grows; whose networks are looked at for the best
 
 
 # --- networks ---------------------------------------------------------------------------------------
 
 
 class LeNet300(nn.Module):
-    """784-300-100-10 on pixels / 256; other widths for training, on some of the pixels."""
+    """784-300-100-10 on pixels / 256; other widths for training, on those pixels that are not always black."""
 
-    def __init__(self, widths=(300, 100), pixels=None):
+    def __init__(self, widths=(300, 100), n_pixels=784):
         super().__init__()
-        self.pixels = pixels
-        self.ip1 = nn.Linear(784 if pixels is None else len(pixels), widths[0])
+        self.ip1 = nn.Linear(n_pixels, widths[0])
         self.ip2 = nn.Linear(widths[0], widths[1])
         self.ip3 = nn.Linear(widths[1], 10)
 
-    def forward(self, x):  # (batch, 784)
-        x = x if self.pixels is None else x[:, self.pixels]
+    def forward(self, x):
         return self.ip3(torch.relu(self.ip2(torch.relu(self.ip1(x)))))
 
 
@@ -75,38 +78,53 @@ class LeNet5(nn.Module):
         return self.ip2(torch.relu(self.ip1(x)))
 
 
-class _ConvPool(torch.autograd.Function):
-    """5x5 convolution and 2x2 max-pool as one product with 6x6 patches; images last, (channels, h, h, images)."""
+def _compiled():
+    """The library of conv_pool.c, or None where there is no C compiler."""
+    source = Path(__file__).parent / "conv_pool.c"
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "conv_pool.so"
+        try:
+            subprocess.run(["cc", "-O3", "-march=native", "-shared", "-fPIC", "-o", target, source], check=True)
+            return ctypes.CDLL(str(target))
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"no C compiler ({error}): the convolutions take torch's own layers, about six times slower")
+            return None
+
+
+def _pointer(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+class ConvPool(torch.autograd.Function):
+    """5x5 convolution without bias and 2x2 max-pool of (images, channels, h, h)."""
+
+    library = None
 
     @staticmethod
     def forward(ctx, x, weight):
-        (c, h, _, n), o = x.shape, len(weight)
+        x, weight = x.contiguous(), weight.contiguous()
+        (n, c, h, _), o = x.shape, len(weight)
         m = (h - 4) // 2
-        patches = torch.empty(c, 36, m, m, n)
-        for k in range(36):
-            patches[:, k] = x[:, k // 6 : k // 6 + 2 * m : 2, k % 6 : k % 6 + 2 * m : 2]
-        patches = patches.view(c * 36, -1)
-        shifted = torch.cat([F.pad(weight, (j, 1 - j, i, 1 - i)).reshape(o, -1) for i in (0, 1) for j in (0, 1)])
-        z = (shifted @ patches).view(4, o, -1)
-        out = torch.maximum(torch.maximum(z[0], z[1]), torch.maximum(z[2], z[3]))
-        ctx.save_for_backward(patches, shifted, z == out)
-        ctx.sizes, ctx.needs_x = (c, h, m, n, o), x.requires_grad
-        return out.view(o, m, m, n)
+        out, which = torch.empty(n, o, m, m), torch.empty(n, o, m, m, dtype=torch.uint8)
+        ConvPool.library.conv_pool_forward(_pointer(x), _pointer(weight), n, o, c, h, _pointer(out), _pointer(which))
+        ctx.save_for_backward(x, weight, which)
+        ctx.needs_x = x.requires_grad
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        patches, shifted, chosen = ctx.saved_tensors
-        c, h, m, n, o = ctx.sizes
-        dz = (chosen * grad.reshape(1, o, -1)).view(4 * o, -1)
-        dw = (dz @ patches.t()).view(2, 2, o, c, 6, 6)
-        grad_weight = sum(dw[i, j][:, :, i : i + 5, j : j + 5] for i in (0, 1) for j in (0, 1))
-        if not ctx.needs_x:
-            return None, grad_weight
-        dp = (shifted.t() @ dz).view(c, 36, m, m, n)
-        grad_x = torch.zeros(c, h, h, n)
-        for k in range(36):
-            grad_x[:, k // 6 : k // 6 + 2 * m : 2, k % 6 : k % 6 + 2 * m : 2] += dp[:, k]
-        return grad_x, grad_weight
+        x, weight, which = ctx.saved_tensors
+        (n, c, h, _), o = x.shape, len(weight)
+        of_weight = torch.zeros(o, c, 5, 8)
+        of_x = torch.zeros_like(x) if ctx.needs_x else None
+        ConvPool.library.conv_pool_backward(_pointer(grad.contiguous()), _pointer(which), _pointer(x), _pointer(weight),
+                                            n, o, c, h, _pointer(of_weight), _pointer(of_x))
+        return of_x, of_weight[..., :5]
+
+
+def conv_pool(x, weight):
+    """By conv_pool.c where it could be compiled: few channels are what torch's convolutions are slow at."""
+    return ConvPool.apply(x, weight) if ConvPool.library else F.max_pool2d(F.conv2d(x, weight), 2)
 
 
 class NarrowLeNet5(nn.Module):
@@ -119,10 +137,8 @@ class NarrowLeNet5(nn.Module):
         self.ip1, self.ip2 = nn.Linear(16 * b, hidden), nn.Linear(hidden, 10)
 
     def forward(self, x):
-        n = len(x)
-        x = _ConvPool.apply(x.t().contiguous().view(1, 28, 28, n), self.conv1.weight)
-        x = _ConvPool.apply(x, self.conv2.weight).reshape(-1, n).t()
-        return self.ip2(torch.relu(self.ip1(x)))
+        x = conv_pool(x.view(-1, 1, 28, 28), self.conv1.weight)
+        return self.ip2(torch.relu(self.ip1(conv_pool(x, self.conv2.weight).flatten(1))))
 
 
 def initialise(model):
@@ -133,9 +149,14 @@ def initialise(model):
 
 
 def in_full_size(narrow, steps, pixels=None):
-    """The LeNet whose first units are those of the narrow network and whose others are zero, and its file's content."""
+    """The LeNet whose first units are those of the narrow network and whose others are zero, and its file's content.
+
+    Steps are rounded to bfloat16: two bytes instead of four in the file.
+    """
     full = LeNet300() if isinstance(narrow, LeNet300) else LeNet5()
-    state = narrow.state_dict()
+    rounded = {n: float(torch.tensor(step).bfloat16()) for n, step in steps.items()}
+    state = {n: (value / steps[n]).round() * rounded[n] for n, value in narrow.state_dict().items() if n in steps}
+    steps = rounded
     with torch.no_grad():
         for name, p in full.named_parameters():
             p.zero_()
@@ -146,8 +167,8 @@ def in_full_size(narrow, steps, pixels=None):
                 p[: len(value), pixels] = value
             else:
                 p[tuple(slice(k) for k in value.shape)] = value
-    rules = {n: skfactor.UniformQuantizer(steps.get(n, 1.0), unit="absolute", entropy_weight=0.0)
-             for n, _ in full.named_parameters()}
+    rules = {n: skfactor.UniformQuantizer(steps.get(n, 1.0), unit="absolute", entropy_weight=0.0) if p.any() else None
+             for n, p in full.named_parameters()}  # zeros alone take fewer bytes without a quantiser
     return skfactor.compress(full, rules, progress=False)
 
 
@@ -213,12 +234,17 @@ def error_of(model, X, y):
 # --- training ---------------------------------------------------------------------------------------
 
 
-def train(model, pool, labels, price, group, epochs, seed, *, lr=2e-3, batch=200, plain=0.25):
-    """Adam with a cosine schedule; the price of bytes grows over the first fifth. Returns the method."""
+def train(model, pool, labels, settings, seed, size_of, keep=None, *, lr=6e-3, batch=400):
+    """Adam with a cosine schedule. Returns the method.
+
+    The price of a byte grows over the first epochs; then, every other epoch, it follows the size of the file: dearer
+    above the aim, cheaper below. Codes on the edge between two values jump to and fro until the end: `keep` sees every
+    network of the last epochs, and may keep the best.
+    """
+    _, aim, _, price, group, epochs, plain = settings
     n = len(labels)
-    method = EntropyTraining(model, rate_weight=8 * price / n, group_weight=group / n)
-    full_price, full_group = method.rate_weight, method.group_weight
-    optimizer = torch.optim.Adam(method.parameter_groups(lr))
+    method = EntropyTraining(model)
+    optimizer = torch.optim.Adam(method.parameter_groups(lr), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * i / (epochs * (n // batch)))))
     rng = np.random.RandomState(1000 + seed)
@@ -226,8 +252,8 @@ def train(model, pool, labels, price, group, epochs, seed, *, lr=2e-3, batch=200
         variant = np.where(rng.rand(n) < plain, 0, rng.randint(1, N_VARIANTS, n))
         order = rng.permutation(n)
         for b in range(n // batch):
-            grown = min(1.0, (epoch + b * batch / n) / (0.2 * epochs))
-            method.rate_weight, method.group_weight = full_price * grown, full_group * grown
+            grown = min(1.0, (epoch + b * batch / n) / (RAMP * epochs))
+            method.rate_weight, method.group_weight = 8 * price * grown / n, group * grown / n
             some = order[b * batch : (b + 1) * batch]
             x = torch.from_numpy(pool[variant[some], some]).float().div_(256)
             loss = F.cross_entropy(method.model(x), labels[some]) + method.penalty()
@@ -237,35 +263,58 @@ def train(model, pool, labels, price, group, epochs, seed, *, lr=2e-3, batch=200
             method.after_step()
             schedule.step()
         method.after_epoch()
+        late = epoch >= (1 - LAST) * epochs
+        if late or (epoch + 1 >= RAMP * epochs and epoch % 2):
+            size = size_of(method)
+            price *= min(1.25, max(0.8, (size / aim) ** (0.35 if late else 0.7)))
+            if late and keep:
+                keep(method, size)
     return method
 
 
 def run(net, point, seed, data, folder):
     """One network: train, put into full size, save, measure the file that was written."""
-    limit, widths, price, group, epochs = POINTS[net][point]
+    settings = POINTS[net][point]
+    limit, _, widths, _, _, epochs, _ = settings
     pool, labels, X_val, y_val, X_test, y_test = data
     torch.manual_seed(seed)
     start = time.process_time()
     pixels = None
     if net == "300":
         pixels = np.flatnonzero(np.asarray(pool[0], np.float32).mean(0) > 1.0)
-        model = LeNet300(widths, torch.from_numpy(pixels))
+        pool = pool[:, :, pixels]
+        model = LeNet300(widths, len(pixels))
     else:
         model = NarrowLeNet5(widths)
     initialise(model)
-    method = train(model, pool, labels, price, group, epochs, seed)
-    narrow = method.finish().model
     path = folder / f"lenet{net}_{point}_seed{seed}.skf"
-    in_full_size(narrow, method.steps(), pixels).save(path)
+    log = []
+
+    def size_of(method):
+        in_full_size(method.finish().model, method.steps(), pixels).save(path)
+        log.append(path.stat().st_size)
+        return log[-1]
+
+    shown = slice(None) if pixels is None else pixels
+    judges = [(X_val[:, shown], y_val), (torch.from_numpy(pool[0, :N_JUDGED]).float() / 256, labels[:N_JUDGED])]
+    best = (True, math.inf, b"")
+
+    def keep(method, size):
+        nonlocal best
+        narrow = method.finish().model
+        best = min(best, (size > limit, sum(error_of(narrow, X, y) for X, y in judges), path.read_bytes()))
+
+    train(model, pool, labels, settings, seed, size_of, keep)
+    path.write_bytes(best[2])
+    n_bytes = len(best[2])
     fresh = skfactor.load_into(LeNet300() if net == "300" else LeNet5(), path)
-    n_bytes = path.stat().st_size
     n_params = sum(p.numel() for p in fresh.parameters())
-    return {"net": net, "point": point, "seed": seed, "limit": limit, "widths": widths, "price": price, "group": group,
-            "epochs": epochs, "bytes": n_bytes, "ratio": round(4 * n_params / n_bytes, 1),
+    return {"net": net, "point": point, "seed": seed, "limit": limit, "widths": widths, "epochs": epochs,
+            "bytes": n_bytes, "ratio": round(4 * n_params / n_bytes, 1),
             "validation_error": round(error_of(fresh, X_val, y_val), 3),
             "test_error": round(error_of(fresh, X_test, y_test), 3), "file": path.name,
             "nonzero": sum(int((p != 0).sum()) for p in fresh.parameters()),
-            "cpu_seconds": round(time.process_time() - start)}
+            "cpu_seconds": round(time.process_time() - start), "sizes": log}
 
 
 # --- table ------------------------------------------------------------------------------------------
@@ -320,6 +369,7 @@ def main():
         write_tables(Path(args.docs))
         return
     torch.set_num_threads(1)
+    ConvPool.library = _compiled()
     folder = RESULTS / "lenets"
     folder.mkdir(parents=True, exist_ok=True)
     out = RESULTS / f"smallest_lenets_{args.net}.json"

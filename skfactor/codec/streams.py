@@ -21,6 +21,7 @@ from skfactor.codec.decoders import Decoder, decoder_from_parts
 from skfactor.codec.dtypes import DTYPES, host_dtype, is_float
 from skfactor.codec.floats import bits_of, find_grid, find_line, grid_values, line_values
 from skfactor.codec.index import TAIL_BYTES, Index, encode_region
+from skfactor.codec.lossless import encode_short
 from skfactor.codec.tensor import CompressedTensor, Layout, RawTensor
 from skfactor.exceptions import FormatError
 
@@ -47,7 +48,7 @@ _MAX_SIZE = 1 << 48
 _FREE_ELEMENTS = 1 << 22
 _WORK_RATIO = 16
 #: Entries hold a coder as its number here, other coders by name. Part of the format: append only.
-CODER_NAMES = ("raw", "planes", "constant", "packed", "huffman", "ans", "sparse", "bytes", "context")
+CODER_NAMES = ("raw", "planes", "constant", "packed", "huffman", "ans", "sparse", "bytes", "context", "short")
 
 
 def _coder_number(name: str) -> int | str:
@@ -168,7 +169,11 @@ class PackWriter:
         coded = []
         for pack in self.ledger.close(everything=everything):
             flat = np.concatenate([a.reshape(-1).view(np.uint8) for a in self._arrays.pop(pack)])
-            name, payload = encode_bytes(flat, np.dtype(self.ledger.dtypes[pack]).itemsize)
+            itemsize = np.dtype(self.ledger.dtypes[pack]).itemsize
+            name, payload = encode_bytes(flat, itemsize)
+            short = encode_short(flat, itemsize)
+            if len(short) < len(payload):
+                name, payload = "short", short
             coded.append((_coder_number(name), payload))
         return coded
 

@@ -79,7 +79,21 @@ def test_penalty_is_the_formula():
         bits += (coded.margin.numpy() * np.log(1 + 2 * np.abs(u)) / np.log(3)).sum()
         if u.ndim > 1:
             groups += np.log2(1 + np.abs(u).sum(1)).sum() + np.log2(1 + np.abs(u).sum(0)).sum()
-    np.testing.assert_allclose(float(method.penalty()), 1e-3 * bits + 2e-3 * groups, rtol=1e-5)
+    np.testing.assert_allclose(float(method.penalty().detach()), 1e-3 * bits + 2e-3 * groups, rtol=1e-5)
+
+
+def test_gradients_of_the_penalty_are_those_of_the_formula_by_autograd():
+    method = EntropyTraining(net(), rate_weight=8e-3, group_weight=2e-3)
+    expected = torch.zeros(())
+    for coded in method._coded:
+        u = coded.original / (coded.codes.log_step.exp() * coded.codes.factor)
+        expected = expected + 1e-3 * (coded.margin * torch.log1p(2 * u.abs())).sum() / np.log(3)
+        if u.dim() > 1:
+            expected = expected + 2e-3 * group_log_penalty(u)
+    parameters = list(method.model.parameters())
+    got = torch.autograd.grad(3 * method.penalty(), parameters)
+    for a, b in zip(got, torch.autograd.grad(3 * expected, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_codes_in_busy_rows_and_columns_are_cheaper():
@@ -91,6 +105,20 @@ def test_codes_in_busy_rows_and_columns_are_cheaper():
     margin = method._coded[0].margin
     assert margin[0, 0] < margin[0, 5] < margin[5, 5]
     assert margin[0, 0] < margin[5, 0] < margin[5, 5]
+
+
+def test_prices_are_read_off_the_codes_every_hundred_steps():
+    method = EntropyTraining(net(), rate_weight=1e-3)
+    before = method._coded[0].margin.clone()
+    with torch.no_grad():
+        method._coded[0].original[10:] = 0.0
+    for _ in range(99):
+        method.after_step()
+    assert torch.equal(method._coded[0].margin, before)
+    method.after_step()
+    after = method._coded[0].margin
+    assert (after[10:] > before[10:]).all()  # a code in a row of zeros is dear
+    assert (after[:10].mean() < after[10:].mean())
 
 
 def test_training_keeps_the_answer_and_shrinks_the_file(tmp_path):

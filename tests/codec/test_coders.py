@@ -19,6 +19,7 @@ from skfactor.codec.coders import (
     encode_bytes,
     encode_codes,
 )
+from skfactor.codec.lossless import encode_short
 from skfactor.exceptions import FormatError
 from tests._data import needs_data, real_layers
 
@@ -317,6 +318,22 @@ def test_raw_numbers_round_trip(effort):
 def test_any_bytes_round_trip(data, itemsize):
     coder, payload = encode_bytes(data, itemsize)
     assert decode_bytes(coder, payload, len(data), itemsize).tobytes() == data
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 2**64 - 1), max_size=20), st.sampled_from([1, 2, 4, 8]), st.integers(0, 255))
+def test_short_numbers_round_trip(values, itemsize, planes):
+    words = np.array(values, dtype="<u8").view(np.uint8).reshape(-1, 8)[:, :itemsize].copy()
+    words[:, [k for k in range(itemsize) if planes >> k & 1]] = 0
+    payload = encode_short(words.reshape(-1), itemsize)
+    assert len(payload) == 1 + len(words) * sum(bool(words[:, k].any()) for k in range(itemsize))
+    assert decode_bytes("short", payload, words.size, itemsize).tobytes() == words.tobytes()
+
+
+@pytest.mark.parametrize("data, nbytes", [(b"", 4), (b"\x10", 4), (b"\x01", 4), (b"\x03" + bytes(3), 8), (b"\x01ab", 7)])
+def test_damaged_short_numbers(data, nbytes):
+    with pytest.raises(FormatError, match=f"does not hold exactly {nbytes} bytes"):
+        decode_bytes("short", data, nbytes, 4)
 
 
 def test_wrong_arguments_of_raw_numbers():

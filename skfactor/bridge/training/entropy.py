@@ -16,7 +16,6 @@ from torch.nn.utils import parametrize
 from skfactor.bridge.apply import compress, deep_copy
 from skfactor.bridge.result import CompressionResult
 from skfactor.bridge.training.base import TrainingMethod
-from skfactor.bridge.training.groups import group_log_penalty
 from skfactor.estimators.uniform_quantizer import UniformQuantizer
 from skfactor.exceptions import LayerError
 
@@ -30,8 +29,49 @@ _KNEE = 0.5  # codes below it cost about linearly, codes above logarithmically
 _FILE_BYTES, _TENSOR_BYTES = 81, 10  # an empty container; its entry, step and first bits of a tensor
 
 
+class _Rounded(torch.autograd.Function):
+    """weight -> nearest multiple of the step; gradients pass as if nothing were rounded."""
+
+    @staticmethod
+    def forward(ctx, weight, log_step, factor):
+        step = log_step.exp() * factor
+        scaled = weight / step
+        codes = scaled.round()
+        ctx.save_for_backward(codes - scaled, step)
+        return codes * step
+
+    @staticmethod
+    def backward(ctx, grad):
+        gap, step = ctx.saved_tensors
+        return grad, (grad * gap).sum() * step, None
+
+
+class _Price(torch.autograd.Function):
+    """Penalty of one tensor: a log of every code, weighted, and `group_log_penalty`; a few operations instead of the
+    two dozen that autograd would record for each small tensor."""
+
+    @staticmethod
+    def forward(ctx, weight, log_step, factor, margin, rate, group):
+        step = log_step.exp() * factor
+        size = (weight / step).abs()
+        total = (margin * torch.log1p(size / _KNEE)).sum() * rate
+        slope = margin * rate / (size + _KNEE)
+        if group and size.dim() > 1:
+            inner = tuple(range(2, size.dim()))
+            rows, columns = size.sum((1, *inner), keepdim=True) + 1.0, size.sum((0, *inner), keepdim=True) + 1.0
+            total = total + (rows.log2().sum() + columns.log2().sum()) * group
+            slope += (1.0 / rows + 1.0 / columns) * (group / math.log(2))
+        ctx.save_for_backward(slope * weight.sign() / step, (slope * size).sum())
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        of_weight, of_log_step = ctx.saved_tensors
+        return grad * of_weight, -grad * of_log_step, None, None, None, None
+
+
 class _StraightThrough(nn.Module):
-    """Parametrization: weight -> nearest multiple of the step; gradients pass as if nothing were rounded."""
+    """Parametrization: weight -> nearest multiple of the step."""
 
     def __init__(self, log_step: nn.Parameter, factor: float):
         super().__init__()
@@ -42,9 +82,7 @@ class _StraightThrough(nn.Module):
         return self.log_step.exp() * self.factor
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        step = self.step()
-        scaled = weight / step
-        return (scaled + (scaled.round() - scaled).detach()) * step
+        return _Rounded.apply(weight, self.log_step, self.factor)
 
 
 @dataclass
@@ -133,13 +171,11 @@ class EntropyTraining(TrainingMethod):
     def penalty(self) -> torch.Tensor:
         """Price of the bytes and of the groups; differentiable in weights and steps."""
         total = super().penalty()
+        rate = self.rate_weight / 8 / math.log1p(1 / _KNEE)
         for coded in self._coded:
-            scaled = coded.scaled()
-            if self.rate_weight:
-                bits = (coded.margin * torch.log1p(scaled.abs() / _KNEE)).sum() / math.log1p(1 / _KNEE)
-                total = total + self.rate_weight / 8 * bits
-            if self.group_weight and scaled.dim() > 1:
-                total = total + self.group_weight * group_log_penalty(scaled)
+            codes = coded.codes
+            total = total + _Price.apply(coded.original, codes.log_step, codes.factor, coded.margin, rate,
+                                         self.group_weight)
         return total
 
     def after_step(self) -> None:
