@@ -330,7 +330,9 @@ def test_short_numbers_round_trip(values, itemsize, planes):
     assert decode_bytes("short", payload, words.size, itemsize).tobytes() == words.tobytes()
 
 
-@pytest.mark.parametrize("data, nbytes", [(b"", 4), (b"\x10", 4), (b"\x01", 4), (b"\x03" + bytes(3), 8), (b"\x01ab", 7)])
+@pytest.mark.parametrize(
+    ("data", "nbytes"), [(b"", 4), (b"\x10", 4), (b"\x01", 4), (b"\x03" + bytes(3), 8), (b"\x01ab", 7)]
+)
 def test_damaged_short_numbers(data, nbytes):
     with pytest.raises(FormatError, match=f"does not hold exactly {nbytes} bytes"):
         decode_bytes("short", data, nbytes, 4)
