@@ -41,6 +41,7 @@ _HOME = {
     "dense_copy": "modules",
     "filter_groups": "surgery",
     "finetune": "training.finetune",
+    "fisher_diagonal": "fisher",
     "group_log_penalty": "training.groups",
     "input_vectors": "calibrate",
     "load": "apply",

@@ -23,8 +23,9 @@ from torch import nn
 
 from skfactor.bridge.layers import LayerSpec, unwrap
 
-__all__ = ["Calibration", "Moments", "collect_moments", "evaluation", "hooked", "input_vectors", "kind_of_inputs",
-           "model_batches", "output_importance", "register_input_vectors", "thinned"]
+__all__ = ["Calibration", "Moments", "collect_moments", "evaluation", "first_tensor", "hooked", "input_vectors",
+           "kind_of_inputs", "model_batches", "output_importance", "prediction_probe", "register_input_vectors",
+           "thinned"]
 
 #: Elements of unfolded input held at a time.
 CHUNK = 1 << 23
@@ -82,7 +83,8 @@ class Moments:
     means : dict of str to ndarray
         By tensor name: E[u], (d,) or (g, d).
     importances : dict of str to ndarray
-        By tensor name: how often each row of an embedding is looked up, as a weight (n_rows, 1).
+        By tensor name: weights of the squared errors, (n_rows, 1) or (n_rows, n_columns): how often each row of an
+        embedding is looked up, or what `fisher_diagonal` found.
     missing : dict of str to str
         Tensors without either, with the reason.
     """
@@ -302,11 +304,8 @@ def importance_of_batches(model: nn.Module, layers: Mapping[str, nn.Module], bat
         hooks = [(module, partial(_remember_output, seen, name), "after") for name, module in layers.items()]
         with evaluation(model), hooked(hooks), torch.enable_grad():
             args = tuple(_with_gradient(a) for a in args)
-            logits = _first_tensor(model(*args, **kwargs))
-            p = torch.softmax(logits.detach() / temperature, -1)
-            signs = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
-            root = p.sqrt() * signs
-            v = (root - p * root.sum(-1, keepdim=True)) / temperature
+            logits = first_tensor(model(*args, **kwargs))
+            v = prediction_probe(logits.detach(), temperature, generator)
             gradients = torch.autograd.grad(logits, [y for _, y in seen], v, allow_unused=True)
         for (name, _), gradient in zip(seen, gradients, strict=True):
             if gradient is not None:
@@ -315,6 +314,14 @@ def importance_of_batches(model: nn.Module, layers: Mapping[str, nn.Module], bat
                 sums[name] = sums.get(name, 0) + squares.reshape(-1, squares.shape[-1]).sum(0)
         n_examples += len(logits)
     return {name: (total / n_examples).cpu().numpy() for name, total in sums.items()}
+
+
+def prediction_probe(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
+    """Random v with E[v vᵀ] = (diag(p) − p pᵀ) / T² for p = softmax(logits / T)."""
+    p = torch.softmax(logits / temperature, -1)
+    signs = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
+    root = p.sqrt() * signs
+    return (root - p * root.sum(-1, keepdim=True)) / temperature
 
 
 def _remember_output(seen, name, module, args, kwargs, output) -> None:
@@ -328,7 +335,7 @@ def _with_gradient(value: Any) -> Any:
     return value.detach().requires_grad_() if is_float else value
 
 
-def _first_tensor(output: Any) -> torch.Tensor:
+def first_tensor(output: Any) -> torch.Tensor:
     while not isinstance(output, torch.Tensor):
         output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
     return output
