@@ -40,10 +40,10 @@ PUBLISHED = {
 # name: (limit in bytes, size that the price aims at, widths, first price of a bit in 1/N nats, group weight,
 # epochs, part of images as they are, not distorted). A file ends up some per cent below its aim: late steps are small.
 POINTS = {
-    "300": {"3554": (3554, 3620, (56, 32), 0.20, 1.0, 40, 0.75), "4443": (4443, 4530, (64, 40), 0.09, 0.4, 40, 0.6),
-            "7109": (7109, 7250, (64, 40), 0.03, 0.4, 50, 0.4)},
+    "300": {"3554": (3554, 3620, (56, 32), 0.20, 1.0, 40, 0.75), "4443": (4443, 4530, (64, 40), 0.09, 0.4, 160, 0.6),
+            "7109": (7109, 7250, (64, 40), 0.03, 0.4, 200, 0.4)},
     "5": {"1550": (1550, 1590, (6, 12, 40), 0.40, 1.5, 50, 0.75),
-          "3107": (3107, 3180, (6, 12, 40), 0.08, 0.6, 50, 0.6)},
+          "3107": (3107, 3180, (6, 12, 40), 0.08, 0.6, 120, 0.6)},
 }
 RAMP, LAST = 0.2, 0.3  # parts of the epochs: while the price grows; whose networks are looked at for the best
 
