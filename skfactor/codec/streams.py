@@ -646,7 +646,7 @@ def encode_tensor(tensor: CompressedTensor | RawTensor) -> EncodedTensor:
     --------
     >>> encoded = encode_tensor(RawTensor(np.zeros((1000, 1000), dtype=np.float32), "float32"))
     >>> encoded.entry, [len(s) for s in encoded.streams]
-    ({'dtype': 'float32', 'shape': [1000, 1000], 'data': ['const'], 'packs': [0]}, [4])
+    ({'dtype': 'float32', 'shape': [1000, 1000], 'data': ['const'], 'packs': [9]}, [1])
     >>> decode_tensor(*encoded[:2]).shape
     (1000, 1000)
     """

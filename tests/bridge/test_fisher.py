@@ -58,7 +58,7 @@ def test_every_layer_gets_its_own_and_codes_follow_it():
     for name, value in importance.importances.items():
         given = result.estimators_[name].given_["importance"]
         np.testing.assert_array_equal(given, value)
-    sharer = skfactor.KMeansWeightSharer(8, entropy_weight=0.05)
+    sharer = skfactor.KMeansWeightSharer(8)  # optimal for the weights it is given
     weighted = skfactor.compress(model, sharer, calibration=importance, progress=False)
     plain = skfactor.compress(model, sharer, progress=False)
 
