@@ -53,8 +53,8 @@ def test_errors_on_the_test_images(row):
 def test_compiled_convolution_is_convolution_then_pooling():
     """conv_pool.c against torch's own layers: values and gradients, odd numbers of filters and images."""
     module = script()
-    module.ConvPool.library = module._compiled()
-    if module.ConvPool.library is None:
+    module.ConvPool.compiled = module._compiled()
+    if module.ConvPool.compiled is None:
         pytest.skip("no C compiler")
     for a, b, n in ((3, 4, 5), (6, 5, 17)):
         narrow = module.NarrowLeNet5((a, b, 6))

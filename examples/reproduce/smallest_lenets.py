@@ -98,7 +98,7 @@ def _pointer(tensor):
 class ConvPool(torch.autograd.Function):
     """5x5 convolution without bias and 2x2 max-pool of (images, channels, h, h)."""
 
-    library = None
+    compiled = None
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -106,7 +106,7 @@ class ConvPool(torch.autograd.Function):
         (n, c, h, _), o = x.shape, len(weight)
         m = (h - 4) // 2
         out, which = torch.empty(n, o, m, m), torch.empty(n, o, m, m, dtype=torch.uint8)
-        ConvPool.library.conv_pool_forward(_pointer(x), _pointer(weight), n, o, c, h, _pointer(out), _pointer(which))
+        ConvPool.compiled.conv_pool_forward(_pointer(x), _pointer(weight), n, o, c, h, _pointer(out), _pointer(which))
         ctx.save_for_backward(x, weight, which)
         ctx.needs_x = x.requires_grad
         return out
@@ -117,14 +117,14 @@ class ConvPool(torch.autograd.Function):
         (n, c, h, _), o = x.shape, len(weight)
         of_weight = torch.zeros(o, c, 5, 8)
         of_x = torch.zeros_like(x) if ctx.needs_x else None
-        ConvPool.library.conv_pool_backward(_pointer(grad.contiguous()), _pointer(which), _pointer(x), _pointer(weight),
+        ConvPool.compiled.conv_pool_backward(_pointer(grad.contiguous()), _pointer(which), _pointer(x), _pointer(weight),
                                             n, o, c, h, _pointer(of_weight), _pointer(of_x))
         return of_x, of_weight[..., :5]
 
 
 def conv_pool(x, weight):
     """By conv_pool.c where it could be compiled: few channels are what torch's convolutions are slow at."""
-    return ConvPool.apply(x, weight) if ConvPool.library else F.max_pool2d(F.conv2d(x, weight), 2)
+    return ConvPool.apply(x, weight) if ConvPool.compiled else F.max_pool2d(F.conv2d(x, weight), 2)
 
 
 class NarrowLeNet5(nn.Module):
@@ -369,7 +369,7 @@ def main():
         write_tables(Path(args.docs))
         return
     torch.set_num_threads(1)
-    ConvPool.library = _compiled()
+    ConvPool.compiled = _compiled()
     folder = RESULTS / "lenets"
     folder.mkdir(parents=True, exist_ok=True)
     out = RESULTS / f"smallest_lenets_{args.net}.json"
