@@ -117,8 +117,8 @@ class ConvPool(torch.autograd.Function):
         (n, c, h, _), o = x.shape, len(weight)
         of_weight = torch.zeros(o, c, 5, 8)
         of_x = torch.zeros_like(x) if ctx.needs_x else None
-        ConvPool.compiled.conv_pool_backward(_pointer(grad.contiguous()), _pointer(which), _pointer(x), _pointer(weight),
-                                            n, o, c, h, _pointer(of_weight), _pointer(of_x))
+        ConvPool.compiled.conv_pool_backward(_pointer(grad.contiguous()), _pointer(which), _pointer(x),
+                                             _pointer(weight), n, o, c, h, _pointer(of_weight), _pointer(of_x))
         return of_x, of_weight[..., :5]
 
 
