@@ -19,6 +19,9 @@ from skfactor.solvers.kmeans1d_rows import assign_1d_rows, kmeans_1d_rows
 
 _BLOCK_ELEMENTS = 1 << 15  # a block and its float64 squares stay in the cache
 
+#: A step of vector k-means has momentum and is worth several plain ones of Lloyd, whose `tol` users give.
+MOMENTUM_TOL = 20
+
 
 class Plan(NamedTuple):
     """Resolved parameters of one fit."""
@@ -221,9 +224,8 @@ def _solve_vectors(x, w, plan):
     if distinct is not None:
         return _Book(distinct, None, 0.0, 1)
     w = None if w is None else w.mean(axis=1)
-    # A step with momentum is worth several plain ones of Lloyd, whose tol this is.
     result = kmeans(x, plan.n_clusters, rng=plan.rng, sample_weight=w, n_init=plan.n_init,
-                    max_iter=max(1, plan.max_iter), tol=20 * plan.tol)
+                    max_iter=max(1, plan.max_iter), tol=MOMENTUM_TOL * plan.tol)
     return _Book(result.centers, None, 0.0, result.n_iter, result.inertia if w is None else None, result.labels)
 
 

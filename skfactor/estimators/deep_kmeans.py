@@ -14,7 +14,7 @@ from skfactor._sklearn import Interval, StrOptions, fit_context
 from skfactor._validation import check_importance, check_matrix, check_row_weights
 from skfactor.codec.coders import CODERS
 from skfactor.codec.decoders import CodebookDecoder
-from skfactor.estimators._codebooks import squared_error
+from skfactor.estimators._codebooks import MOMENTUM_TOL, squared_error
 from skfactor.estimators.base import BaseCompressor, CentroidCodes
 from skfactor.estimators.kmeans_sharer import KMeansWeightSharer
 from skfactor.solvers._assign1d import label_dtype
@@ -24,6 +24,8 @@ from skfactor.solvers.kmeans1d import assign_1d
 __all__ = ["DeepKMeansRegularizer", "cluster_penalty", "spectral_penalty"]
 
 _FEW_SAMPLES = 1 << 16
+#: Times `tol`: clusters near their end, since a refresh goes on from them and should move few rows.
+_STEP_TOL = 4
 
 
 def cluster_penalty(rows, labels, lam, *, n_clusters, zero=False):
@@ -321,11 +323,11 @@ class DeepKMeansRegularizer(CentroidCodes, BaseCompressor):
         if len(samples) == 0 or n_clusters == 0:
             return np.empty((0, samples.shape[1])), 1
         if start is not None and len(start) and samples.shape[1] > 1:
-            found = lloyd(samples, start, sample_weight=weights, max_iter=self.max_iter, tol=4 * self.tol)
+            found = lloyd(samples, start, sample_weight=weights, max_iter=self.max_iter, tol=_STEP_TOL * self.tol)
             return found.centers, found.n_iter
         samples, weights = _merged(samples, weights)
         sharer = KMeansWeightSharer(n_clusters, vector_size=samples.shape[1], n_init=self.n_init,
-                                    max_iter=self.max_iter, tol=self.tol,
+                                    max_iter=self.max_iter, tol=self.tol * _STEP_TOL / MOMENTUM_TOL,
                                     random_state=check_random_state(self.random_state))
         sharer.fit(samples, importance=None if weights is None else weights[:, None])
         return sharer.cluster_centers_, sharer.n_iter_

@@ -20,6 +20,8 @@ _ROWS = 32  # of pairs that are computed together
 _MAX_JACOBI = 6  # rank up to which rotations beat LAPACK
 _LANES = 16384  # matrices that are rotated together: more than that no longer fit the cache
 _MAX_SWEEPS = 20
+_CLOSE = 1e-4  # squared angles below which cosines lose digits
+_PAIRS = 1024  # pairs whose small angles are computed together
 
 
 def orthonormal_bases(factors):
@@ -42,7 +44,7 @@ def orthonormal_bases(factors):
 def subspace_angles(bases):
     """All principal angles of all pairs of subspaces, falling: (n, n, R) in radians.
 
-    From squared cosines in float64: the angle of equal subspaces comes out as up to 1e-7 instead of zero.
+    Small angles come from their sines, the singular values of Q_j − Q_i Q_iᵀ Q_j, which the cosines do not resolve.
 
     Parameters
     ----------
@@ -67,6 +69,12 @@ def subspace_angles(bases):
         C = block.reshape(k, rank, n - first, rank).transpose(1, 3, 0, 2).reshape(rank, rank, -1)  # Q_iᵀ Q_j
         squares = np.clip(_eigenvalues(np.einsum("rap,rbp->abp", C, C)), 0.0, 1.0)
         found = np.arctan2(np.sqrt(1 - squares), np.sqrt(squares)).T.reshape(k, n - first, rank)
+        i, j = np.nonzero((squares[-1] > 1 - _CLOSE).reshape(k, n - first) & ~np.tri(k, n - first, dtype=bool))
+        for some in np.split(np.arange(i.size), range(_PAIRS, i.size, _PAIRS)):
+            Q, P = bases[first + i[some]], bases[first + j[some]]
+            sines = np.linalg.svd(P - Q @ (Q.transpose(0, 2, 1) @ P), compute_uv=False)
+            small = found[i[some], j[some]]
+            found[i[some], j[some]] = np.where(small**2 < _CLOSE, np.arcsin(np.minimum(sines, 1.0)), small)
         found[np.tri(k, n - first, dtype=bool)] = 0.0
         angles[rows, first:] += found
         angles[first:, rows] += found.transpose(1, 0, 2)

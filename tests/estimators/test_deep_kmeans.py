@@ -78,7 +78,7 @@ def test_penalty_and_its_gradient_in_closed_form(zero_fraction):
 
 def test_penalty_is_half_lambda_times_the_inertia_at_a_refresh():
     W = kernels().double()
-    regularizer = DeepKMeansRegularizer(8, lam=3.0, tol=0, random_state=0)
+    regularizer = DeepKMeansRegularizer(8, lam=3.0, random_state=0)
     penalty = regularizer.penalty(W)  # fits by itself
     np.testing.assert_allclose(penalty.item(), 1.5 * regularizer.inertia_, rtol=1e-6)
 
@@ -131,7 +131,7 @@ def test_zero_cluster():
 def test_refresh_goes_on_from_the_clusters():
     """Clusters keep their numbers while the weight moves a little, and a refresh never raises the inertia."""
     W = kernels(4)
-    regularizer = DeepKMeansRegularizer(10, tol=0, random_state=0).refresh(W)
+    regularizer = DeepKMeansRegularizer(10, random_state=0).refresh(W)
     before = regularizer.labels_.copy()
     moved = W + 0.02 * kernels(5)
     stale = regularizer.penalty(moved).item() / (regularizer.lam / 2)

@@ -31,7 +31,7 @@ def test_angles_are_those_of_scipy(rank):
     angles = subspace_angles(orthonormal_bases(F))
     for i in range(len(F)):
         for j in range(len(F)):
-            np.testing.assert_allclose(angles[i, j], np.sort(scipy_angles(F[i], F[j]))[::-1], atol=1e-7)
+            np.testing.assert_allclose(angles[i, j], np.sort(scipy_angles(F[i], F[j]))[::-1], atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["chordal", "geodesic", "largest"])
