@@ -114,6 +114,7 @@ def test_script_runs_from_end_to_end(tmp_path, monkeypatch):
         "whole": norton_cifar10.Row("cifar10_resnet8", 2, "", 1.0, 1.0, 1.0),
         "pruned": norton_cifar10.Row("cifar10_resnet8", 1, "[0.]+[0.2]*2+[0.4]*3", 1.0, 1.0, 1.0)})
     monkeypatch.setitem(norton_cifar10.PUBLISHED_BASELINES, "cifar10_resnet8", 1.0)
+    monkeypatch.setattr(norton_cifar10, "N_HELD_BACK", 20)
     path = tmp_path / "rows.json"
     norton_cifar10.main(["--data", str(tmp_path), "--json", str(path), "--scale", "tiny", "--scratch", str(tmp_path),
                          "--rows", "whole", "pruned"])
@@ -123,6 +124,10 @@ def test_script_runs_from_end_to_end(tmp_path, monkeypatch):
         assert row["file_bytes"] < row["file_bytes_before"]
         assert row["images_seen"] == 16
         assert np.isfinite(row["losses"]).all()
+        assert row["train_images"] == 76
+    for choice, row in zip(json.loads(path.read_text())["chosen"], rows, strict=True):
+        assert choice["held_back"][str(choice["rate"])] == max(choice["held_back"].values())
+        assert choice["rate"] == row["lr"]
     assert rows[0]["macs_conv_linear"] == rows[1]["macs_conv_linear"]  # one structure, two ways to fill it
     assert rows[0]["parameters"] == rows[1]["parameters"]
     assert norton_cifar10.table(rows).count("| cifar10_resnet8 |") == 4

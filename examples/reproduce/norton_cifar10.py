@@ -3,13 +3,15 @@
 
 A row is a rank and the share of filters removed from each layer, recomputed from the published scripts. `--method
 authors` decomposes and selects as the published code does (`norton_authors.py`); `--method ours` prunes by norm
-with a refit, and decomposes layer after layer, from unlabelled training images. Then both are fine-tuned.
-The last state of training counts, not the best on test images. (Structure and recipe of --scale minutes were changed
-after a first run had been seen on them: docs/norton.md.)
+with a refit, and decomposes layer after layer, from unlabelled training images. Then both are fine-tuned by the same
+recipe; of several learning rates each takes the one that is best on held-back training images after half an epoch.
+The last state of training counts, not the best on test images. (The structure of r56-73 was changed after a first run
+had been seen on them: docs/norton.md.)
 
     python norton_cifar10.py --rows r56-37 r56-73             # ResNet-56 from its real weights, minutes on a CPU
     python norton_cifar10.py --scale gpu --rows vgg-74        # the published recipe; trains the baseline first
     python norton_cifar10.py --scale gpu --baseline FILE ...  # a baseline of your own (.safetensors)
+    python norton_cifar10.py --latency                        # measure the latencies of all rows again
     python norton_cifar10.py --docs FILE                      # write the table into FILE, between its markers
 
 With --scale gpu VGG-16-BN and DenseNet-40 are trained on the complete CIFAR-10 of `cifar10_jpeg.npz` and tested on its
@@ -17,6 +19,7 @@ test images; ResNet-56 has real weights, and is trained and tested on the lossle
 """
 
 import argparse
+import copy
 import io
 import json
 import os
@@ -24,7 +27,7 @@ import platform
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -32,7 +35,7 @@ import norton_authors
 import numpy as np
 import torch
 import torch.nn.functional as F
-from networks import accuracy, calibration_images, data_folder, fresh, original, test_set
+from networks import _cifar, accuracy, calibration_images, data_folder, fresh, original, test_set
 from norton_authors import CPConv2d, rates, smaller, with_cp
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -86,29 +89,27 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Scale:
-    """How long the fine-tuning is, and on what: `batches` a time, `chunks` times, or `epochs` of all images.
+    """How long the fine-tuning is, and on what: `epochs` of so many `batches`, or of all images.
 
-    `gentle_lr` is the rate for networks that work before any training: their normalisations stay as they are, and the
-    original network is their teacher. None: they are trained like the others.
+    `rates` are the learning rates to choose from; with `distilled` the original network is the teacher.
     """
 
     batch_size: int
-    lr: float
-    chunks: int = 0
-    batches: int = 0
+    rates: tuple[float, ...] = ()
     epochs: int = 0
+    batches: int = 0
     warmup: float = 0.0
     weight_decay: float = 5e-4
-    gentle_lr: float | None = None
+    distilled: bool = True
 
 
-#: The published rate for the published recipe, less where nothing has time to decay. What "minutes" does with either
-#: method was chosen on held-back training images, see docs/norton.md.
-SCALES = {"none": Scale(128, 0.0),                                          # compressed only
-          "tiny": Scale(8, 0.01, chunks=1, batches=2, gentle_lr=0.001),
-          "minutes": Scale(128, 0.02, chunks=2, batches=12, warmup=0.2, gentle_lr=0.001),  # 3,072 images
-          "cpu": Scale(128, 0.02, chunks=8, batches=168, warmup=0.5),       # 8 times the lossless images
-          "gpu": Scale(256, 0.05, epochs=400, warmup=5)}
+#: The published recipe, and shorter ones with the original network as teacher: alike for both methods.
+SCALES = {"none": Scale(128),                                               # compressed only
+          "tiny": Scale(8, (0.01, 0.001), epochs=1, batches=2),
+          "minutes": Scale(128, (0.02,), epochs=1, batches=24, warmup=0.2),                # 3,072 images
+          "cpu": Scale(128, (0.005, 0.02, 0.08), epochs=2, warmup=0.3),     # twice the lossless images
+          "gpu": Scale(256, (0.05,), epochs=400, warmup=5, distilled=False)}
+N_HELD_BACK = 2000
 
 
 # ------------------------------------------------------------------------------------------------------------- costs
@@ -298,33 +299,57 @@ def crops(x):
     return padded[torch.arange(n, device=x.device)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
 
 
-def tuned(model, train, scale, seed, checkpoint, teacher=None):
-    """The network after the fine-tuning of a scale, gently where there is a teacher, and what each part of it gave."""
+def tuned(model, train, scale, rate, seed, checkpoint=None, teacher=None):
+    """The network after the fine-tuning of a scale, and what each epoch gave."""
     X, y = train
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batches = scale.batches or len(X) // scale.batch_size
-    if not (scale.chunks or scale.epochs):
+    if not scale.epochs:
         return model, []
     result = skfactor.finetune(
-        composed(model, place.type == "cpu"), Draws(X.to(place), y.to(place), scale.batch_size, batches),
-        epochs=scale.chunks or scale.epochs, lr=scale.gentle_lr if teacher else scale.lr, teacher=teacher,
-        distillation=0.9, freeze_batch_norm=teacher is not None, weight_decay=scale.weight_decay, random_state=seed,
-        warmup_epochs=scale.warmup, checkpoint=checkpoint, progress=False, device=place, amp=place.type == "cuda",
-        channels_last=place.type == "cuda", callback=lambda record: print(json.dumps(record), flush=True))
-    return composed(result.model.cpu().eval(), False), result.history
+        composed(model, place.type == "cpu"),
+        Draws(X.to(place), y.to(place), scale.batch_size, _batches(scale, len(X))), epochs=scale.epochs, lr=rate,
+        teacher=teacher if scale.distilled else None, distillation=0.9, weight_decay=scale.weight_decay,
+        random_state=seed, warmup_epochs=scale.warmup, checkpoint=checkpoint, progress=False, device=place,
+        amp=place.type == "cuda", channels_last=True, callback=lambda record: print(json.dumps(record), flush=True))
+    composed(model, False)
+    return composed(result.model.cpu().eval(), False).to(memory_format=torch.contiguous_format), result.history
+
+
+def _batches(scale, n_images):
+    return scale.batches or n_images // scale.batch_size
+
+
+def chosen_rate(small, train, held_back, scale, name, method, args, teacher):
+    """Of the rates of a scale the one that is best on held-back images after half an epoch; chosen once."""
+    if len(scale.rates) < 2:
+        return scale.rates[0] if scale.rates else 0.0
+    known = [c for c in _read(args.json).get("chosen", []) if (c["row"], c["method"], c["scale"]) ==
+             (name, method, args.scale)]
+    if not known:
+        short = replace(scale, epochs=1, batches=max(_batches(scale, len(train[0])) // 2, 1))
+        found = {}
+        for rate in scale.rates:
+            model, _ = tuned(copy.deepcopy(small), train, short, rate, 0, teacher=teacher)
+            found[str(rate)] = round(accuracy(composed(model, True), *held_back), 2)
+            print(json.dumps({"row": name, "method": method, "rate": rate, "held_back": found[str(rate)]}), flush=True)
+        known = [{"row": name, "method": method, "scale": args.scale, "batches": short.batches, "held_back": found,
+                  "rate": float(max(found, key=found.get))}]
+        everything = _read(args.json)
+        everything["chosen"] = everything.get("chosen", []) + known
+        _write(args.json, everything, args.threads)
+    return known[0]["rate"]
 
 
 def lossless(folder):
-    """Lossless CIFAR-10 training images, normalised, and their labels."""
-    from networks import _cifar
-
+    """Lossless CIFAR-10 training images, normalised, and their labels: those to train on, those held back."""
     with np.load(folder / "cifar10_train.npz") as file:
-        return _cifar(file["X"]), torch.from_numpy(file["y"]).long()
+        X, y = _cifar(file["X"]), torch.from_numpy(file["y"]).long()
+    order = np.random.default_rng(0).permutation(len(X))  # its first images calibrate
+    return (X[order[:-N_HELD_BACK]], y[order[:-N_HELD_BACK]]), (X[order[-N_HELD_BACK:]], y[order[-N_HELD_BACK:]])
 
 
 def jpeg(folder, part):
     """The complete CIFAR-10 as JPEG: "train" or "test"."""
-    from networks import _cifar
     from PIL import Image
 
     with np.load(folder / "cifar10_jpeg.npz") as file:
@@ -344,7 +369,7 @@ def baseline(network, folder, given, scale, seed, scratch):
     if not torch.cuda.is_available():
         raise SystemExit(f"{network} has no trained weights here: give --baseline, or train it on a GPU (--scale gpu)")
     torch.manual_seed(seed)
-    model, _ = tuned(fresh(network), jpeg(folder, "train"), scale, seed, scratch / f"{network}.ckpt")
+    model, _ = tuned(fresh(network), jpeg(folder, "train"), scale, scale.rates[0], seed, scratch / f"{network}.ckpt")
     save_file(model.state_dict(), scratch / f"{network}.safetensors")
     return model
 
@@ -354,7 +379,7 @@ def measure(name, method, seed, folder, scale, args):
     """One row of the table: compress, fine-tune, count."""
     row = ROWS[name]
     real = (folder / "weights" / f"{row.network}.safetensors").exists()
-    train = lossless(folder) if real else jpeg(folder, "train")
+    train, held_back = lossless(folder) if real else (jpeg(folder, "train"), None)
     test = test_set(folder, row.network) if real else jpeg(folder, "test")
     model = baseline(row.network, folder, args.baseline, scale, seed, args.scratch)
     start = seed if method == "authors" else 0  # theirs starts at random, ours has one result
@@ -362,20 +387,20 @@ def measure(name, method, seed, folder, scale, args):
     untrained = accuracy(composed(small, True), *test)
     composed(small, False)
     print(json.dumps({"row": name, "method": method, "top1_untrained": untrained, "seconds": seconds}), flush=True)
+    rate = chosen_rate(small, train, held_back, scale, name, method, args, model)
     start = time.process_time()
-    teacher = model if method == "ours" and scale.gentle_lr else None
     checkpoint = args.scratch / f"{name}-{method}-{seed}-{args.scale}.ckpt"
-    small, history = tuned(small, train, scale, seed, checkpoint, teacher)
+    small, history = tuned(small, train, scale, rate, seed, checkpoint, model)
     training = time.process_time() - start
     final = accuracy(composed(small, True), *test) if history else untrained
     composed(small, False)
     return {"row": name, "network": row.network, "method": method, "seed": seed, "scale": args.scale,
             "top1_before": round(_accuracy_before(model, row.network, test), 2), "top1_untrained": round(untrained, 2),
-            "top1": round(final, 2), "test_images": len(test[1]),
-            "images_seen": (scale.chunks or scale.epochs) * (scale.batches or len(train[1]) // scale.batch_size)
-            * scale.batch_size, "train_images": len(train[1]), "lr": scale.gentle_lr if teacher else scale.lr,
-            "distilled": teacher is not None, "batch_size": scale.batch_size,
-            "losses": [round(h["loss"], 4) for h in history], "cpu_seconds_compress": round(seconds, 1),
+            "top1": round(final, 2), "test_images": len(test[1]), "epochs": scale.epochs,
+            "images_seen": scale.epochs * _batches(scale, len(train[1])) * scale.batch_size,
+            "train_images": len(train[1]), "lr": rate, "distilled": scale.distilled and bool(history),
+            "batch_size": scale.batch_size, "losses": [round(h["loss"], 4) for h in history],
+            "cpu_seconds_compress": round(seconds, 1),
             "cpu_seconds_training": round(training, 1)} | costs(model, small, args.json, name, method)
 
 
@@ -389,11 +414,29 @@ def _accuracy_before(model, network, test):
 def costs(model, small, path, name, method):
     """MACs by both countings, parameters, bytes of the file, and latency beside the original, measured for one seed."""
     known = next((r for r in _read(path)["rows"] if (r["row"], r["method"]) == (name, method)), None)
-    ms = {key: known[key] for key in ("ms_batch1", "ms_batch64")} if known else {
-        f"ms_batch{n}": [round(1e3 * s, 2) for s in seconds_of((model, small), n)] for n in (1, 64)}
+    ms = {key: known[key] for key in ("ms_batch1", "ms_batch64")} if known else latency(model, small)
     macs = {f"macs_{c}": counted(small, c) for c in ("conv_linear", "published")}
     return macs | {"parameters": sum(p.numel() for p in small.parameters()), "file_bytes": file_bytes(small),
                    "file_bytes_before": file_bytes(model)} | ms
+
+
+def latency(model, small):
+    """Milliseconds of both networks, by turns, for batches of 1 and 64."""
+    return {f"ms_batch{n}": [round(1e3 * s, 2) for s in seconds_of((model, small), n)] for n in (1, 64)}
+
+
+def measure_latencies(folder, args):
+    """The latencies of all rows that were fine-tuned here, again."""
+    found = _read(args.json)
+    for name, method in {(r["row"], r["method"]) for r in found["rows"]}:
+        model = baseline(ROWS[name].network, folder, args.baseline, SCALES["none"], 0, args.scratch)
+        small, _ = torch.load(args.scratch / f"{name}-{method}-0.pt", weights_only=False)
+        ms = latency(model, small)
+        print(name, method, ms, flush=True)
+        for r in found["rows"]:
+            if (r["row"], r["method"]) == (name, method):
+                r |= ms
+    _write(args.json, found, args.threads)
 
 
 def table(rows):
@@ -458,6 +501,7 @@ def main(argv=None):
     parser.add_argument("--baseline", type=Path, help="trained network (.safetensors), instead of the one of the data")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()),
                         help="folder for compressed networks and checkpoints, from which a later run goes on")
+    parser.add_argument("--latency", action="store_true", help="only measure the latencies of the known rows again")
     parser.add_argument("--docs", type=Path, help="Markdown file that gets the table")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
@@ -468,6 +512,9 @@ def main(argv=None):
         args.docs.write_text(f"{head}{BEGIN}\n{shown}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
         return
     folder = data_folder(args.data)
+    if args.latency:
+        measure_latencies(folder, args)
+        return
     _write(args.json, _read(args.json), args.threads)
     if not args.baseline:
         _KNOWN.update({r["network"]: r["top1_before"] for r in _read(args.json)["rows"]})

@@ -85,11 +85,18 @@ class _OtherArguments(TorchFunctionMode):
         return _ANSWERS[kind](spec, args, kwargs or {})
 
 
+def _answered(cls: type[nn.Module], module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    with _OtherArguments(module.__dict__[_ATTRIBUTE]):
+        return cls.forward(module, *args, **kwargs)
+
+
 @cache
 def _rewritten_class(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self, *args, **kwargs):
-        with _OtherArguments(self.__dict__[_ATTRIBUTE]):
-            return cls.forward(self, *args, **kwargs)
+        specs = self.__dict__[_ATTRIBUTE]
+        if torch.compiler.is_dynamo_compiling() and any(spec["function"] == "pad" for spec in specs):
+            return torch.compiler.disable(_answered)(cls, self, args, kwargs)  # there F.pad does not ask the mode
+        return _answered(cls, self, args, kwargs)
 
     def reduce(self, protocol):  # a class that is made here cannot be found by its name
         return _restore, (cls, self.__dict__)

@@ -17,6 +17,7 @@ from torch import nn
 
 import skfactor
 from skfactor import LayerError
+from skfactor.bridge.calls import rewritten_calls
 from skfactor.bridge.surgery import TOLERANCE
 
 
@@ -147,6 +148,34 @@ def test_a_plan_is_replayed_on_a_fresh_network(name, tmp_path):
     again = skfactor.load_into(copy.deepcopy(pruned.model), path)  # a network that has lost them already
     with torch.no_grad():
         assert torch.equal(again(x), pruned.model(x))
+
+
+class Halves(nn.Module):
+    """Counts channels in a split."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 5, 1)
+
+    def forward(self, x):
+        left, right = torch.split(self.a(x), [4, 4], 1)
+        return self.b(left * torch.tanh(right))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ResNet-8", "pad"), ("ResNet-8 lambda", "pad"), ("Conv1d", "view"),
+                                            ("split", "split")])
+def test_rewritten_calls_compile(name, kind):
+    model, x = (Halves().eval(), torch.randn(2, 3, 5, 5)) if name == "split" else build(name)
+    filters = {}
+    for group in skfactor.filter_groups(model, x):
+        for layer, indices in group.filters(range(0, len(group.units), 2)).items():
+            filters.setdefault(layer, []).extend(indices)
+    small = skfactor.remove_filters(model, filters, x).model
+    assert {spec["function"] for m in small.modules() for spec in rewritten_calls(m)} == {kind}
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(small, backend="eager")
+        torch.testing.assert_close(compiled(x), small(x), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["dense", "factorized"])
