@@ -107,7 +107,7 @@ class Scale:
 SCALES = {"none": Scale(128),                                               # compressed only
           "tiny": Scale(8, (0.01, 0.001), epochs=1, batches=2),
           "minutes": Scale(128, (0.02,), epochs=1, batches=24, warmup=0.2),                # 3,072 images
-          "cpu": Scale(128, (0.005, 0.02, 0.08), epochs=2, warmup=0.3),     # twice the lossless images
+          "cpu": Scale(128, (0.001, 0.005, 0.02, 0.08), epochs=2, warmup=0.3),  # twice the lossless images
           "gpu": Scale(256, (0.05,), epochs=400, warmup=5, distilled=False)}
 N_HELD_BACK = 2000
 
@@ -323,21 +323,23 @@ def chosen_rate(small, train, held_back, scale, name, method, args, teacher):
     """Of the rates of a scale the one that is best on held-back images after half an epoch; chosen once."""
     if len(scale.rates) < 2:
         return scale.rates[0] if scale.rates else 0.0
-    known = [c for c in _read(args.json).get("chosen", []) if (c["row"], c["method"], c["scale"]) ==
-             (name, method, args.scale)]
-    if not known:
+    everything = _read(args.json)
+    same = lambda c: (c["row"], c["method"], c["scale"]) == (name, method, args.scale)  # noqa: E731
+    choice = next(filter(same, everything.get("chosen", [])), {"held_back": {}})
+    missing = [rate for rate in scale.rates if str(rate) not in choice["held_back"]]
+    if missing:
         short = replace(scale, epochs=1, batches=max(_batches(scale, len(train[0])) // 2, 1))
-        found = {}
-        for rate in scale.rates:
+        found = dict(choice["held_back"])
+        for rate in missing:
             model, _ = tuned(copy.deepcopy(small), train, short, rate, 0, teacher=teacher)
             found[str(rate)] = round(accuracy(composed(model, True), *held_back), 2)
             print(json.dumps({"row": name, "method": method, "rate": rate, "held_back": found[str(rate)]}), flush=True)
-        known = [{"row": name, "method": method, "scale": args.scale, "batches": short.batches, "held_back": found,
-                  "rate": float(max(found, key=found.get))}]
-        everything = _read(args.json)
-        everything["chosen"] = everything.get("chosen", []) + known
+        choice = {"row": name, "method": method, "scale": args.scale, "batches": short.batches, "held_back": found,
+                  "rate": float(max(found, key=found.get))}
+        everything = _read(args.json)  # again: another run may have added rows meanwhile
+        everything["chosen"] = [c for c in everything.get("chosen", []) if not same(c)] + [choice]
         _write(args.json, everything, args.threads)
-    return known[0]["rate"]
+    return choice["rate"]
 
 
 def lossless(folder):

@@ -21,13 +21,15 @@ __all__ = ["FUNCTIONS", "gather_channels", "original_class", "rewrite_calls", "r
 
 #: Functions of torch by the kind under which their calls are counted.
 FUNCTIONS = {
-    F.pad: "pad", torch.split: "split", torch.Tensor.split: "split", torch.chunk: "split", torch.Tensor.chunk: "split",
+    F.pad: "pad", torch.constant_pad_nd: "pad",
+    torch.split: "split", torch.Tensor.split: "split", torch.chunk: "split", torch.Tensor.chunk: "split",
     torch.Tensor.split_with_sizes: "split", torch.split_with_sizes: "split", torch.tensor_split: "split",
     torch.Tensor.tensor_split: "split", torch.Tensor.unsafe_chunk: "split", torch.unsafe_chunk: "split",
     torch.Tensor.view: "view", torch.Tensor.reshape: "view", torch.reshape: "view", torch.Tensor.unflatten: "view",
     torch.unflatten: "view",
 }
 _ATTRIBUTE = "_skfactor_calls"
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # older versions of torch
 
 
 def gather_channels(x: torch.Tensor, index: torch.Tensor, axis: int, value: float = 0.0) -> torch.Tensor:
@@ -44,12 +46,18 @@ def gather_channels(x: torch.Tensor, index: torch.Tensor, axis: int, value: floa
 def _pad(spec: Mapping[str, Any], args: tuple, kwargs: dict) -> torch.Tensor:
     """The channels by number, the other axes as the call says."""
     x, amounts, *rest = args if len(args) > 1 else (*args, kwargs["pad"])
-    value = (rest[1] if len(rest) > 1 else kwargs.get("value")) or 0.0
+    value = (rest[-1] if rest and not isinstance(rest[-1], str) else kwargs.get("value")) or 0.0
     place = 2 * (x.dim() - 1 - spec["axis"])
-    others = list(amounts)
+    others = list(amounts) + [0] * (place + 2 - len(amounts))
+    channels, n = list(spec["channels"]), x.shape[spec["axis"]]
+    before = channels.index(0) if 0 in channels else 0
+    in_order = channels == [-1] * before + list(range(n)) + [-1] * (len(channels) - n - before)
+    if in_order and type(x) is torch.Tensor and not _is_exporting():  # a graph must show channels by number
+        others[place : place + 2] = [before, len(channels) - n - before]
+        return F.pad(x, others, value=value)
     others[place : place + 2] = [0, 0]
     x = F.pad(x, others, value=value) if any(others) else x
-    index = torch.tensor(spec["channels"], device=x.device)
+    index = torch.tensor(channels, device=x.device)
     return gather_channels(x, index, spec["axis"], value)
 
 
@@ -85,18 +93,24 @@ class _OtherArguments(TorchFunctionMode):
         return _ANSWERS[kind](spec, args, kwargs or {})
 
 
-def _answered(cls: type[nn.Module], module: nn.Module, args: tuple, kwargs: dict) -> Any:
-    with _OtherArguments(module.__dict__[_ATTRIBUTE]):
-        return cls.forward(module, *args, **kwargs)
+@cache
+def _let_compiled_padding_ask() -> None:
+    """Have `torch.compile` trace F.pad so that it asks the mode, as it does elsewhere; its results are the same."""
+
+    def traced(input, pad, mode="constant", value=None):
+        if mode == "constant":
+            return torch.constant_pad_nd(input, pad, 0.0 if value is None else value)
+        return torch._C._nn.pad(input, pad, mode, value)
+
+    if hasattr(torch.compiler, "substitute_in_graph"):  # not in older versions of torch
+        torch.compiler.substitute_in_graph(F.pad, skip_signature_check=True)(traced)
 
 
 @cache
 def _rewritten_class(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self, *args, **kwargs):
-        specs = self.__dict__[_ATTRIBUTE]
-        if torch.compiler.is_dynamo_compiling() and any(spec["function"] == "pad" for spec in specs):
-            return torch.compiler.disable(_answered)(cls, self, args, kwargs)  # there F.pad does not ask the mode
-        return _answered(cls, self, args, kwargs)
+        with _OtherArguments(self.__dict__[_ATTRIBUTE]):
+            return cls.forward(self, *args, **kwargs)
 
     def reduce(self, protocol):  # a class that is made here cannot be found by its name
         return _restore, (cls, self.__dict__)
@@ -108,7 +122,13 @@ def _rewritten_class(cls: type[nn.Module]) -> type[nn.Module]:
 def _restore(cls: type[nn.Module], state: dict[str, Any]) -> nn.Module:
     module = _rewritten_class(cls).__new__(_rewritten_class(cls))
     module.__dict__.update(state)
+    _prepare(rewritten_calls(module))
     return module
+
+
+def _prepare(specs: Sequence[Mapping[str, Any]]) -> None:
+    if any(spec["function"] == "pad" for spec in specs):
+        _let_compiled_padding_ask()
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -133,6 +153,7 @@ def rewrite_calls(module: nn.Module, specs: Sequence[Mapping[str, Any]]) -> None
         -1 for the constant), `sizes` (split) or `shape` (view).
     """
     cls = original_class(module)
+    _prepare(specs)
     if specs:
         module.__dict__[_ATTRIBUTE] = [dict(spec) for spec in specs]
         module.__class__ = _rewritten_class(cls)

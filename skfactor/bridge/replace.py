@@ -11,8 +11,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from skfactor.bridge.calibrate import evaluation
 from skfactor.bridge.factors import Branches, Factor, LayerShape, NoSmallerModule, factors_of, forms_of
-from skfactor.bridge.latency import LayerInputs, describe, inputs_of_layers, layer_latencies
+from skfactor.bridge.latency import (
+    LayerInputs,
+    describe,
+    inputs_of_layers,
+    latencies,
+    layer_latencies,
+    quiet_clock,
+)
 from skfactor.bridge.layers import Network, unwrap
 from skfactor.bridge.modules import (
     FactorizedLayer,
@@ -31,6 +39,10 @@ __all__ = ["Replacement", "check_replaceable", "keep_faster", "plan_replacements
 
 #: Largest difference of a chain from the decoded weight before its factors are rounded, relative to the largest weight.
 CHAIN_TOLERANCE = 1e-5
+#: A chain gains much when it takes this share of the dense layer's time, or less.
+MUCH_FASTER = 0.9
+#: Layers stay dense unless the whole network takes less than this share of its time with dense layers.
+NETWORK_FASTER = 0.98
 
 
 @dataclass(frozen=True)
@@ -201,6 +213,9 @@ def _module_text(module: nn.Module) -> str:
 def keep_faster(model: nn.Module, plans: list[Replacement], batch: tuple[tuple, dict]) -> list[Replacement]:
     """The fastest form of every plan for the inputs that its layers get; dense layers where none is faster.
 
+    A layer is measured by itself, with nothing else in the caches, and what the network gains by it can be less.
+    So the whole network is measured then: with all these forms, with those alone that gain much, and dense.
+
     Parameters
     ----------
     model : Module
@@ -212,7 +227,7 @@ def keep_faster(model: nn.Module, plans: list[Replacement], batch: tuple[tuple, 
     """
     layers = (layer for plan in plans for one in (plan, *plan.others) for layer in one.layers)
     seen = inputs_of_layers(model, layers, batch)
-    return [_fastest(plan, seen) for plan in plans]
+    return _fastest_together(model, [_fastest(plan, seen) for plan in plans], batch)
 
 
 def _fastest(plan: Replacement, seen: Mapping[nn.Module, Mapping[LayerInputs, int]]) -> Replacement:
@@ -232,6 +247,50 @@ def _fastest(plan: Replacement, seen: Mapping[nn.Module, Mapping[LayerInputs, in
                      inputs=" and ".join(texts), threads=torch.get_num_threads(), device=str(kinds[0].device))
     fastest = replace(forms[best], record=record)
     return fastest if totals[1 + best] < totals[0] else fastest.dense_because("the dense layer is faster")
+
+
+def _fastest_together(model, plans, batch) -> list[Replacement]:
+    planned = [plan for plan in plans if plan.layers]
+    much = [plan for plan in planned if plan.record.seconds_factorized <= MUCH_FASTER * plan.record.seconds_dense]
+    choices = [planned] if len(much) in (0, len(planned)) else [planned, much]
+    if not planned:
+        return plans
+    dense, *times = network_latencies(model, [[], *choices], batch)
+    best = int(np.argmin(times))
+    kept = {id(plan) for plan in choices[best]} if times[best] < NETWORK_FASTER * dense else set()
+    reason = "the whole network is no slower with this layer dense"
+    return [plan if not plan.layers or id(plan) in kept else plan.dense_because(reason) for plan in plans]
+
+
+def network_latencies(model: nn.Module, choices: list[list[Replacement]], batch: tuple[tuple, dict]) -> list[float]:
+    """Seconds of a forward pass of the network with each choice of chains in place, by turns and the quiet clock."""
+    args, kwargs = batch
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    places = _places(model)
+
+    def swaps(plans):
+        """(modules of the parent, name in it, dense layer, chain) of every place."""
+        return [(parent._modules, path.rpartition(".")[2], layer, chain) for plan in plans
+                for layer, chain in zip(plan.layers, plan.chains, strict=True) for path, parent in places[layer]]
+
+    def runner(plans):
+        there = swaps(plans)
+
+        def run():
+            for modules, name, _, chain in there:
+                modules[name] = chain
+            model(*args, **kwargs)
+            for modules, name, layer, _ in there:
+                modules[name] = layer
+
+        return run
+
+    try:
+        with evaluation(model):
+            return latencies(map(runner, choices), repeats=5, device=device, clock=quiet_clock(device))
+    finally:  # an error in between must not leave a chain in the network
+        for modules, name, layer, _ in swaps([plan for plans in choices for plan in plans]):
+            modules[name] = layer
 
 
 def replace_layers(model: nn.Module, plans: Iterable[Replacement]) -> None:

@@ -155,6 +155,7 @@ def test_the_form_that_was_measured_comes_back_from_the_file(form, tmp_path, mon
     place = 2 + others.index(form)
     monkeypatch.setattr(replace, "layer_latencies",
                         lambda layers, inputs: [0.5 if i == place else 1.0 + i for i in range(len(layers))])
+    monkeypatch.setattr(replace, "network_latencies", lambda model, choices, batch: [1.0, 0.5])
     rule = CPDFilterPruner(rank=2) if family == "cp" else CoupledCPDFactorizer(rank=4, n_clusters=2)
     x = torch.randn(2, 3, 12, 14)
     result = skfactor.compress(net(), {"4": rule, "*": None}, mode="factorized", execute="auto", example_inputs=x,

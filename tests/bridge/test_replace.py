@@ -14,9 +14,11 @@ import skfactor
 from skfactor import Calibration, FormatError, KMeansWeightSharer, LayerError, LowRankFactorizer
 from skfactor.bridge import dense_copy, register_module
 from skfactor.bridge.factors import _BUILDERS, Factor
+from skfactor.bridge.layers import entries_of_module
 from skfactor.bridge.modules import FactorizedConv1D, FactorizedConv2d, FactorizedLayer, FactorizedLinear
 from skfactor.codec.container import SkfFile, SkfWriter
 from skfactor.codec.linear import ComponentsDecoder
+from skfactor.codec.tensor import RawTensor
 from skfactor.report import FACTORIZED, Report
 from tests._nets import Block, ResNet, SmallCNN, TinyLM
 from tests.bridge.test_apply import checksum, same
@@ -339,6 +341,7 @@ def test_auto_keeps_the_faster(net, monkeypatch):
         return [1e-3, 2e-3 if slow else 5e-4]
 
     monkeypatch.setattr(replace, "layer_latencies", planted)
+    monkeypatch.setattr(replace, "network_latencies", lambda model, choices, batch: [1.0] + [0.5] * (len(choices) - 1))
     x = torch.randn(2, 3, 8, 8)
     result = factorize(net, execute="auto", example_inputs=x)
     runs = executions(result)
@@ -365,7 +368,69 @@ def test_auto_measures_really(net):
     for e in result.executions:
         assert e.seconds_dense > 0
         assert e.seconds_factorized > 0
-        assert (e.execution == "factorized") == (e.seconds_factorized < e.seconds_dense)
+        by_layer = "factorized" if e.seconds_factorized < e.seconds_dense else "dense"
+        assert e.execution == by_layer or "whole network" in e.reason
+
+
+@pytest.mark.parametrize(("times", "expected"), [
+    ([1.0, 0.9, 0.95], {"twice, again": "factorized", "a, b": "factorized"}),  # dense, all, those that gain much
+    ([1.0, 0.97, 0.8], {"twice, again": "factorized", "a, b": "dense"}),
+    ([1.0, 1.1, 1.2], {"twice, again": "dense", "a, b": "dense"}),
+    ([1.0, 0.99, 0.99], {"twice, again": "dense", "a, b": "dense"}),  # noise
+])
+def test_auto_keeps_what_makes_the_network_faster(net, monkeypatch, times, expected):
+    import skfactor.bridge.replace as replace
+
+    seen = []
+
+    def planted(layers, inputs):  # "a, b" gain little, all others much
+        return [1.0, 0.95 if layers[0] in (copied["a"], copied["b"]) else 0.5]
+
+    def whole(model, choices, batch):
+        seen.append([[plan.record.layer for plan in plans] for plans in choices])
+        return times
+
+    def remember(model, plans, batch):
+        copied.update(model.named_children())
+        return keep_faster(model, plans, batch)
+
+    copied, keep_faster = {}, replace.keep_faster
+    monkeypatch.setattr("skfactor.bridge.apply.keep_faster", remember)
+    monkeypatch.setattr(replace, "layer_latencies", planted)
+    monkeypatch.setattr(replace, "network_latencies", whole)
+    x = torch.randn(2, 3, 8, 8)
+    result = factorize(net, execute="auto", example_inputs=x)
+    ((dense, every, much),) = seen
+    assert dense == []
+    assert set(every) - set(much) == {"a, b"}
+    runs = executions(result)
+    assert {name: runs[name].execution for name in expected} == expected
+    for e in result.executions:
+        assert e.execution == "factorized" or "whole network" in e.reason or e.layer not in every
+    agree(result.model, dense_copy(result.model), x)
+
+
+def test_network_latencies_puts_dense_layers_back(net, monkeypatch):
+    """Chains run while the network is measured; afterwards, and after an error, the layers are the dense ones."""
+    import skfactor.bridge.replace as replace
+
+    before, ran = dict(net.named_modules()), []
+    network = entries_of_module(net)
+    tensors = {n: t for n, t in factorize(net).tensors.items() if not isinstance(t, RawTensor)}
+    plans = [p for p in replace.plan_replacements(net, network, tensors) if p.layers]
+    hooks = [chain.register_forward_hook(lambda m, *_: ran.append(m)) for p in plans for chain in p.chains]
+    batch = ((torch.randn(2, 3, 8, 8),), {})
+    times = replace.network_latencies(net, [[], plans, plans[:1]], batch)
+    assert len(times) == 3
+    chains, layers = ({m for p in plans for m in getattr(p, kind)} for kind in ("chains", "layers"))
+    assert set(ran) == chains | layers  # a chain has the hooks of its layer
+    assert dict(net.named_modules()) == before
+    for hook in hooks:
+        hook.remove()
+    monkeypatch.setattr(type(plans[0].chains[0]), "forward", lambda self, x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        replace.network_latencies(net, [plans], batch)
+    assert dict(net.named_modules()) == before
 
 
 def test_layers_that_are_not_called_stay_dense_under_auto():

@@ -174,7 +174,7 @@ def test_rewritten_calls_compile(name, kind):
     assert {spec["function"] for m in small.modules() for spec in rewritten_calls(m)} == {kind}
     torch.compiler.reset()
     with torch.no_grad():
-        compiled = torch.compile(small, backend="eager")
+        compiled = torch.compile(small, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), small(x), rtol=0, atol=1e-6)
 
 
