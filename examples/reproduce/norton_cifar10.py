@@ -53,7 +53,6 @@ N_CALIBRATION, MAX_VECTORS = 512, 65536
 #: Images that run twice for every layer, when layers are fitted one after the other.
 N_IN_ORDER = 128
 _KNOWN = {}
-BEGIN, END = "<!-- norton: begin -->", "<!-- norton: end -->"
 
 
 @dataclass(frozen=True)
@@ -467,6 +466,18 @@ def table(rows):
     return "\n".join(lines)
 
 
+def rates_table(chosen):
+    """Markdown: accuracy on held-back images by learning rate, the chosen one in bold."""
+    rates = sorted({float(rate) for c in chosen for rate in c["held_back"]})
+    lines = ["| row | method | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
+             "|---|---|" + "--:|" * len(rates)]
+    for c in sorted(chosen, key=lambda c: (c["row"], c["method"])):
+        cells = (f"{c['held_back'][str(rate)]:.2f}" if str(rate) in c["held_back"] else "" for rate in rates)
+        cells = (f"**{cell}**" if rate == c["rate"] else cell for rate, cell in zip(rates, cells, strict=True))
+        lines.append(f"| {c['row']} | {c['method']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _spread(group, key):
     values = [r[key] for r in group]
     mean = f"{np.mean(values):.2f}"
@@ -509,9 +520,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.docs:
-        head, _, rest = args.docs.read_text(encoding="utf-8").partition(BEGIN)
-        shown = table(_read(args.json)["rows"])
-        args.docs.write_text(f"{head}{BEGIN}\n{shown}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        text, found = args.docs.read_text(encoding="utf-8"), _read(args.json)
+        for name, shown in (("norton", table(found["rows"])), ("norton rates", rates_table(found.get("chosen", [])))):
+            head, begin, rest = text.partition(f"<!-- {name}: begin -->")
+            _, end, tail = rest.partition(f"<!-- {name}: end -->")
+            text = f"{head}{begin}\n{shown}\n{end}{tail}" if begin else text
+        args.docs.write_text(text, encoding="utf-8")
         return
     folder = data_folder(args.data)
     if args.latency:

@@ -42,7 +42,7 @@ CHAIN_TOLERANCE = 1e-5
 #: A chain gains much when it takes this share of the dense layer's time, or less.
 MUCH_FASTER = 0.9
 #: Layers stay dense unless the whole network takes less than this share of its time with dense layers.
-NETWORK_FASTER = 0.98
+NETWORK_FASTER = 0.95
 
 
 @dataclass(frozen=True)

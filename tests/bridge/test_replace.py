@@ -374,9 +374,9 @@ def test_auto_measures_really(net):
 
 @pytest.mark.parametrize(("times", "expected"), [
     ([1.0, 0.9, 0.95], {"twice, again": "factorized", "a, b": "factorized"}),  # dense, all, those that gain much
-    ([1.0, 0.97, 0.8], {"twice, again": "factorized", "a, b": "dense"}),
+    ([1.0, 0.94, 0.8], {"twice, again": "factorized", "a, b": "dense"}),
     ([1.0, 1.1, 1.2], {"twice, again": "dense", "a, b": "dense"}),
-    ([1.0, 0.99, 0.99], {"twice, again": "dense", "a, b": "dense"}),  # noise
+    ([1.0, 0.96, 0.96], {"twice, again": "dense", "a, b": "dense"}),  # noise
 ])
 def test_auto_keeps_what_makes_the_network_faster(net, monkeypatch, times, expected):
     import skfactor.bridge.replace as replace

@@ -1,10 +1,12 @@
 """Coupled CP decomposition: planted clusters, bounds from singular values, errors recomputed."""
 # SPDX-License-Identifier: BSD-3-Clause
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
-from skfactor.solvers.coupled_cp import coupled_cp, encode_coupled, most_terms, refit_coupled
+from skfactor.solvers.coupled_cp import _start, coupled_cp, encode_coupled, most_terms, refit_coupled
 from skfactor.solvers.whitening import damped_grams
 
 LETTERS = "ijk"
@@ -159,3 +161,17 @@ def test_filters_that_move_to_a_better_cluster_lower_the_error(monkeypatch):
     stayed = coupled_cp(X, (6, 3, 3), 4, 3)
     assert (moved.labels != stayed.labels).any()
     assert moved.errors.sum() < 0.995 * stayed.errors.sum()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 5])
+def test_the_start_holds_the_most_that_terms_of_principal_directions_can(rank):
+    """Against every choice of (direction, place): their terms are orthogonal, so that energies add up."""
+    rng = np.random.default_rng(4)
+    W = rng.standard_normal((7, 3, 9))
+    W[:, 0] *= 4  # two terms of this direction hold more than the first one of another
+    basis, factors = _start(W, (3, 3), rank)
+    held = np.square(W).sum() - np.square(W - rebuilt(basis[None], factors, np.zeros(7, int)).reshape(W.shape)).sum()
+    flat = W.transpose(1, 0, 2).reshape(3, -1)
+    images = np.einsum("cd,ncp->ndp", np.linalg.svd(flat)[0], W).reshape(7, 3, 3, 3)
+    energies = np.square(np.linalg.svd(images, compute_uv=False)).sum(axis=0).ravel()
+    np.testing.assert_allclose(held, max(map(sum, combinations(energies, rank))), rtol=1e-9)

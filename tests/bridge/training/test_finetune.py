@@ -212,6 +212,24 @@ def test_statistics_can_be_frozen():
     assert not torch.equal(free.bn1.running_mean, model.bn1.running_mean)
 
 
+def test_channels_last_changes_the_layout_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 2))
+    X, y = torch.randn(40, 3, 6, 6), torch.arange(40) % 2
+    seen = []
+    hook = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        if isinstance(module, nn.Conv2d) else None)
+    plain, last = (skfactor.finetune(model, (X, y), epochs=2, lr=0.1, batch_size=20, channels_last=choice,
+                                     progress=False) for choice in (False, True))
+    hook.remove()
+    assert seen == [False] * 4 + [True] * 4
+    assert last.model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert model[0].weight.is_contiguous()
+    for a, b in zip(plain.model.parameters(), last.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
 def test_hooks_see_what_they_are_promised():
     seen, scores = [], []
 
@@ -260,7 +278,7 @@ def test_loaders_of_all_kinds():
     (lambda: skfactor.finetune(network(), data(), epochs=-1), ValueError, "epochs must be"),
     (lambda: skfactor.finetune(network(), data(), lr=0.0), ValueError, "lr must be positive"),
     (lambda: skfactor.finetune(network(), data(), distillation=1.5), ValueError, "distillation must be in"),
-    (lambda: skfactor.finetune(network(), data(), amp=True), ValueError, "are for CUDA, got a network on cpu"),
+    (lambda: skfactor.finetune(network(), data(), amp=True), ValueError, "amp is for CUDA, got a network on cpu"),
     (lambda: skfactor.finetune(sharing(), data(), keep_zeros=True), ValueError, "keep_zeros is for modules"),
     (lambda: skfactor.finetune(network(), data(), lr=1e30, epochs=4), ValueError, "the loss is (nan|inf) in epoch"),
 ])
