@@ -105,8 +105,7 @@ def finetune(model: nn.Module | TrainingMethod, train_loader: Any, *, epochs: in
     amp : bool, default=False
         Mixed precision (bfloat16); on CUDA only, on a CPU it is slower.
     channels_last : bool, default=False
-        The channels-last memory format for weights and batches of images. On a CPU too most convolutions train faster
-        in it.
+        The channels-last memory format for weights and batches of images.
     checkpoint : path, default=None
         File that has the state after each epoch, written beside its place and renamed.
     resume : bool, default=True
